@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first target that needs it makes and installs once. Another Python: make PYTHON=...
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(INSTALLED)  ## train a small model on generated word problems, with cross-entropy and with the mix
+	$(BIN)/python demo/run.py
+
+test: $(INSTALLED)  ## the quick suite
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(INSTALLED)  ## the long checks too
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## seconds and memory of the losses
+	$(BIN)/python benchmarks/loss_cost.py
+
+clean:  ## what the targets above leave behind, but for .venv
+	rm -rf demo-output outputs last_run_prepared build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torch comes first and alone: pip then takes one that fits both Axolotl and the machine, and the rest follows it.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "Installing Axolotl and the development tools into .venv. This happens once and takes several minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	@$(BIN)/python -m pip install --quiet --editable ".[axolotl,dev]"
+	@touch $@

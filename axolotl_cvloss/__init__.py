@@ -1,0 +1,50 @@
+"""Losses of semantic segmentation for fine-tuning language models.
+
+The names below are imported on first use, so that ``import axolotl_cvloss`` loads neither torch nor a host.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Objective": "objective",
+    "ObjectiveResult": "objective",
+    "install": "install",
+    "uninstall": "install",
+    "register_loss": "registry",
+    "available_losses": "registry",
+    "hookimpl": "hookspecs",
+    "CVLossPlugin": "hosts.axolotl",
+}
+
+__all__ = [
+    "CVLossPlugin",
+    "Objective",
+    "ObjectiveResult",
+    "__version__",
+    "available_losses",
+    "hookimpl",
+    "install",
+    "register_loss",
+    "uninstall",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ImportError as error:
+        if name == "CVLossPlugin":
+            # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
+            raise RuntimeError(f"axolotl_cvloss.{name} cannot be loaded, so the run stops here: {error}") from error
+        raise
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,214 @@
+"""The ``cv_loss`` key: its models, its spellings, and messages that say what was wrong and what is allowed."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .registry import Loss, available_losses, nearest
+
+KEY = "cv_loss"
+
+
+class ConfigError(ValueError):
+    """The ``cv_loss`` key is wrong; the message lists every problem."""
+
+
+class TermConfig(BaseModel):
+    """One weighted loss. The parameters of the loss stand beside these fields in the YAML."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    loss: str = Field(description="Name of a loss; `available_losses()` lists them.")
+    weight: float = Field(1.0, ge=0, description="What the value is multiplied by in the sum.")
+    scope: Literal["completion", "sequence"] = Field(
+        "completion", description="Rows: those with a label, or every token that is not padding, the prompt too."
+    )
+    per: Literal["document", "batch"] = Field(
+        "document", description="What one set is for a set-level loss: a document, or the micro-batch."
+    )
+    parameters: dict[str, Any] = Field(default_factory=dict, exclude=True)
+
+    def dump(self) -> dict[str, Any]:
+        """The long form, every value spelt out."""
+        fields = self.model_dump()
+        if not available_losses()[self.loss].per_set:
+            del fields["per"]
+        return {**fields, **self.parameters}
+
+
+class CVLossConfig(BaseModel):
+    """The whole key in its long form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    terms: list[TermConfig] = Field(min_length=1, description="Weighted losses; the same loss may come twice.")
+    head: Literal["auto", "fused", "logits"] = Field(
+        "auto", description="fused: logits are never kept; logits: computed from the model's logits; auto: chosen."
+    )
+    reference: bool = Field(
+        False, strict=True, description="The paper's code, its slips included, to replicate its experiments."
+    )
+
+    @classmethod
+    def parse(cls, value: Any) -> "CVLossConfig":
+        """The key in any of its spellings.
+
+        ``lovasz``; ``{cross_entropy: 0.6, lovasz: 0.4}``; ``{focal: {weight: 0.4, gamma: 3.0}}``; or the long form
+        ``{terms: [{loss: focal, weight: 0.4, gamma: 3.0}], head: auto, reference: false}``.
+
+        Raises:
+            ConfigError: With one line for each problem, naming the key, what was wrong and what is allowed.
+        """
+        if isinstance(value, cls):
+            return value
+        problems: list[str] = []
+        fields = _fields(value, problems)
+        terms = [_term(term, where, problems) for where, term in fields.pop("terms")]
+        config = _validate(cls, {"terms": [], **fields}, KEY, problems, skip="terms")
+        if not terms and not problems:
+            problems.append(f"{KEY}: names no loss; allowed: {', '.join(available_losses())}")
+        if not problems:
+            assert config is not None
+            config.terms = [term for term in terms if term is not None]
+            _check_whole(config, problems)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        assert config is not None
+        return config
+
+    def dump(self) -> dict[str, Any]:
+        """The long form as plain data; ``parse`` reads it back."""
+        return {"terms": [term.dump() for term in self.terms], "head": self.head, "reference": self.reference}
+
+
+def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
+    """The fields of the long form; terms as pairs of where they stand and what stands there."""
+    if isinstance(value, str):
+        return {"terms": [(KEY, {"loss": value})]}
+    if not isinstance(value, Mapping):
+        hint = "a list of terms goes under cv_loss.terms; " if isinstance(value, list | tuple) else ""
+        problems.append(
+            f"{KEY}: {_show(value)} is not a loss; {hint}give the name of a loss, a mapping of losses to weights, "
+            f"or a mapping with terms"
+        )
+        return {"terms": []}
+    value = dict(value)
+    if "terms" in value:
+        terms = value.pop("terms")
+        if not isinstance(terms, list | tuple):
+            problems.append(f"{KEY}.terms: must be a list of terms such as {{loss: lovasz, weight: 0.4}}, "
+                            f"not {_show(terms)}")
+            terms = []
+        elif not terms:
+            problems.append(f"{KEY}.terms: is empty; give at least one term such as {{loss: lovasz}}")
+        return {"terms": [(f"{KEY}.terms[{i}]", term) for i, term in enumerate(terms)], **value}
+    options = {name: value.pop(name) for name in ("head", "reference") if name in value}
+    terms = []
+    for name, given in value.items():
+        where = f"{KEY}.{name}"
+        if not isinstance(name, str):
+            problems.append(f"{where}: {_show(name)} is not the name of a loss")
+        elif isinstance(given, Mapping):
+            if "loss" in given:
+                problems.append(f"{where}.loss: the loss is named by the key already; leave it out")
+            terms.append((where, {**given, "loss": name}))
+        else:
+            terms.append((where, {"loss": name, "weight": given}))
+    return {"terms": terms, **options}
+
+
+def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
+    if isinstance(given, str):
+        given = {"loss": given}
+    if not isinstance(given, Mapping):
+        problems.append(f"{where}: must be a mapping such as {{loss: lovasz, weight: 0.4}}, not {_show(given)}")
+        return None
+    losses = available_losses()
+    name = given.get("loss")
+    if not isinstance(name, str) or name not in losses:
+        what = "names no loss" if name is None else f"unknown loss {_show(name)}"
+        also = [] if "terms" in where else ["head", "reference"]
+        hint = nearest(str(name), [*losses, *also])
+        problems.append(f"{where}: {what}; {hint}allowed: {', '.join(losses)}")
+        return None
+    loss = losses[name]
+    own = {field: given[field] for field in TermConfig.model_fields if field in given and field != "parameters"}
+    rest = {str(k): v for k, v in given.items() if k not in own}
+    term = _validate(TermConfig, own, where, problems)
+    parameters = _validate(loss.parameters, rest, where, problems, owner=loss)
+    if "per" in own and not loss.per_set:
+        problems.append(f"{where}.per: {name} has one value a row, so it knows no sets; leave per out")
+    if term is None or parameters is None:
+        return None
+    term.parameters = parameters.model_dump()
+    return term
+
+
+def _validate(
+    model: type[BaseModel],
+    fields: dict[str, Any],
+    where: str,
+    problems: list[str],
+    skip: str = "",
+    owner: Loss | None = None,
+) -> Any:
+    """An instance of the model, or None after adding to the problems."""
+    count = len(problems)
+    for name, value in fields.items():
+        if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
+            problems.append(f"{where}.{name}: must be {_allowed(model, name)}, not {_show(value)}")
+    try:
+        instance = model.model_validate(fields)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0])
+            if name == skip:
+                continue
+            if problem["type"] == "extra_forbidden":
+                known = [n for n in model.model_fields if n != "parameters"]
+                if owner is not None:
+                    known += [n for n in TermConfig.model_fields if n not in ("parameters", "loss")]
+                whose = f"parameter of {owner.name}" if owner else "field"
+                message = f"unknown {whose}; {nearest(name, known)}allowed: {', '.join(known)}"
+            else:
+                message = f"must be {_allowed(model, name)}, not {_show(problem['input'])}"
+            if not any(p.startswith(f"{where}.{name}: ") for p in problems[count:]):
+                problems.append(f"{where}.{name}: {message}")
+        if len(problems) > count:
+            return None
+        fields = {k: v for k, v in fields.items() if k != skip}
+        instance = model.model_construct(**{skip: [], **fields})
+    return None if len(problems) > count else instance
+
+
+def _allowed(model: type[BaseModel], name: str) -> str:
+    """What a field takes, in words, from its annotation and bounds."""
+    field = model.model_fields[name]
+    choices = getattr(field.annotation, "__args__", None)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return f"one of {', '.join(choices)}"
+    words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a text"}
+    text = words.get(field.annotation, str(field.annotation))  # type: ignore[arg-type]
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{signs[k]} {getattr(m, k)}" for m in field.metadata for k in signs if hasattr(m, k)]
+    return " ".join([text, " and ".join(bounds)]).strip()
+
+
+def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
+    if not any(term.weight for term in config.terms):
+        problems.append(f"{KEY}: every weight is 0, so nothing would be trained; give one term a weight above 0")
+    if config.reference:
+        for term in config.terms:
+            if available_losses()[term.loss].reference is None:
+                there = ", ".join(name for name, loss in available_losses().items() if loss.reference)
+                problems.append(f"{KEY}.reference: the paper's code has no {term.loss}; allowed with it: {there}")
+            if term.parameters.get("detach_weight"):
+                problems.append(f"{KEY}.reference: the paper's code has no detach_weight; leave it out")
+        if config.head == "fused":
+            problems.append(f"{KEY}.head: reference: true needs the logits; allowed with it: auto, logits")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

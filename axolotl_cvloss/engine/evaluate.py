@@ -1,0 +1,99 @@
+"""Evaluate: the value of each term from the statistics, in plain PyTorch, so that autograd gives their cotangents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .sets import Sets
+
+
+class LossFunction(Protocol):
+    """What the engine needs to know of a loss; ``registry.Loss`` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def function(self) -> Callable[..., Tensor]: ...
+    @property
+    def statistics(self) -> tuple[str, ...]: ...
+    @property
+    def only_if(self) -> dict[str, str]: ...
+
+
+@dataclass
+class Term:
+    """A weighted loss of an objective."""
+
+    name: str
+    loss: LossFunction
+    weight: float = 1.0
+    scope: str = "completion"
+    per: str = "document"
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def needs(self, statistic: str) -> bool:
+        parameter = self.loss.only_if.get(statistic)
+        return statistic in self.loss.statistics and (parameter is None or bool(self.parameters.get(parameter)))
+
+    def __call__(self, **statistics: Tensor) -> Tensor:
+        chosen = {name: statistics[name] if self.needs(name) else None for name in self.loss.statistics}
+        return self.loss.function(**chosen, **self.parameters)
+
+
+@dataclass
+class Entries:
+    """Errors of rows at classes that are not theirs, for a ranking term: the few that matter, chunk after chunk."""
+
+    values: Tensor  # (M,) p_i[c]
+    pairs: Tensor  # (M,) the pair (set of i, c)
+    rows: Tensor  # (M,) i within its chunk
+    columns: Tensor  # (M,) c within the columns of the chunk's window
+    chunks: list[slice]  # of M, one a chunk
+
+
+def row_values(term: Term, mask: Tensor, **statistics: Tensor) -> Tensor:
+    """The values of a token or row term on the rows of its scope, and 0 on others, (N,)."""
+    values = term(**statistics)
+    if values.shape != mask.shape:
+        raise ValueError(
+            f"loss {term.loss.name!r} must return one value a row, shape {tuple(mask.shape)}, not {tuple(values.shape)}"
+        )
+    return torch.where(mask, values, 0)
+
+
+def set_values(term: Term, sets: Sets, logp: Tensor, predicted: Tensor | None, entries: Entries | None) -> Tensor:
+    """The value of a set-level term for each set, (D,)."""
+    if term.loss.family == "document":
+        values = [term(logp=part) for part in logp[sets.members].split(sets.counts)]
+        return torch.stack([value.mean() for value in values])
+    labelled = sets.labelled.to(logp.dtype)
+    if term.loss.family == "ranking":
+        assert entries is not None
+        return sets.mean_over_classes(term(labelled=labelled, **_sorted_errors(sets, logp, entries)))
+    assert predicted is not None
+    statistics = (sets.intersection(logp), predicted, labelled)
+    values = []
+    for intersection, predicted_, labelled_ in zip(*(s.split(sets.classes) for s in statistics), strict=True):
+        value = term(intersection=intersection, predicted=predicted_, labelled=labelled_)
+        if value.shape not in (torch.Size(), labelled_.shape):
+            raise ValueError(
+                f"loss {term.loss.name!r} must return a scalar or one value a class, shape "
+                f"{tuple(labelled_.shape)}, not {tuple(value.shape)}"
+            )
+        values.append(value.mean())
+    return torch.stack(values)
+
+
+def _sorted_errors(sets: Sets, logp: Tensor, entries: Entries) -> dict[str, Tensor]:
+    """All errors that matter, by pair and from large to small."""
+    own = -logp[sets.members].expm1()
+    errors = torch.cat([own, entries.values])
+    segment = torch.cat([sets.row_pair, entries.pairs])
+    order = errors.detach().argsort(descending=True)
+    order = order[segment[order].argsort(stable=True)]
+    return {"errors": errors[order], "segment": segment[order], "foreground": order < len(own)}

@@ -1,0 +1,122 @@
+"""transformers' Trainer: counting over the accumulation window, and logging the terms."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..install import Installation, installation
+from ..objective import ObjectiveResult
+from ..rows import SCOPES, select_rows
+
+logger = logging.get_logger(__name__)
+
+
+class ObjectiveTrainer(Trainer):
+    """What a Trainer needs beside an installed objective. ``attach`` puts it right above Trainer in the bases."""
+
+    cv_loss: Installation
+    _cv_records: dict[bool, list[tuple[int, dict[str, Tensor], dict[str, int]]]]
+    _cv_reported: bool
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        totals = torch.zeros(len(SCOPES), dtype=torch.long, device=device)
+        scopes = self.cv_loss.objective.scopes
+        for batch in batch_samples:
+            shifted = batch.get("shift_labels")
+            rows = select_rows(
+                batch["labels"] if shifted is None else shifted,
+                shift=shifted is None,
+                scopes=scopes,
+                **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
+            )
+            for scope, mask in rows.scopes.items():
+                totals[SCOPES.index(scope)] += mask.sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            totals = self.accelerator.gather(totals[None]).sum(0)
+        self.cv_loss.counts = {scope: totals[SCOPES.index(scope)].clamp_min(1) for scope in scopes}
+        return self.cv_loss.counts["completion"]
+
+    def _cv_record(self, result: ObjectiveResult) -> None:
+        values = {**result.terms, "nll": result.nll}
+        counts = {**result.counts, "nll": result.n_tokens}
+        self._cv_records[self.cv_loss.model.training].append((self.state.global_step, values, counts))
+
+    def _cv_flush(self, training: bool) -> dict[str, float]:
+        """Means over all rows since the last call, on all ranks, by the names they are logged under."""
+        records, self._cv_records[training] = self._cv_records[training], []
+        names = [*(term.name for term in self.cv_loss.objective.terms), "nll"]
+        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        for step, values, counts in records:
+            value = torch.stack([values[name].detach().double().cpu() for name in names])
+            count = torch.tensor([counts[name] for name in names], dtype=torch.float64)
+            self._cv_check(step, names, value)
+            sums += torch.stack([value * count, count])
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums.to(self.args.device, torch.float32)[None]).sum(0).cpu()
+        means = sums[0] / sums[1].clamp_min(1)
+        return {f"cv_loss/{name}": value for name, value in zip(names, means.tolist(), strict=True)}
+
+    def _cv_check(self, step: int, names: list[str], values: Tensor) -> None:
+        wrong = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+        if wrong and not self._cv_reported:
+            self._cv_reported = True
+            logger.error(
+                f"cv_loss: {', '.join(wrong)} became NaN or infinite in step {step + 1} on rank "
+                f"{self.args.process_index}. The logits of that step hold NaN or infinite values; a lower "
+                "learning rate or max_grad_norm helps where training diverged."
+            )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._cv_records[False].clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._cv_records[False]:
+            output.metrics.update({f"{prefix}_{k}": v for k, v in self._cv_flush(training=False).items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self._cv_flush(training=True))
+        # Perplexity is exp of the NLL, not of the objective.
+        for key in [key for key in logs if key == "ppl" or key.endswith("_ppl")]:
+            if (nll := logs.get(f"{key[:-3]}cv_loss/nll")) is not None:
+                logs[key] = math.exp(min(nll, 700.0))
+        super().log(logs, *args, **kwargs)
+
+
+def attach(trainer: Trainer) -> None:
+    """Make a trainer count and log for the objective installed in its model.
+
+    Raises:
+        RuntimeError: No objective is installed, or the trainer cannot give the right gradient.
+    """
+    installed = installation(trainer.model)
+    if installed is None:
+        raise RuntimeError("cv_loss: no objective is installed in the trainer's model")
+    if trainer.args.n_gpu > 1:
+        raise RuntimeError(
+            "cv_loss: DataParallel (several GPUs in one process) copies the model and loses the objective; start one "
+            "process a GPU with accelerate launch or torchrun"
+        )
+    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        raise RuntimeError(
+            "cv_loss: the trainer has a loss of its own (compute_loss_func or label_smoothing_factor); remove it"
+        )
+    # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
+    cls = type(trainer)
+    trainer.__class__ = type(cls.__name__, (cls, ObjectiveTrainer), {"__module__": cls.__module__})
+    assert isinstance(trainer, ObjectiveTrainer)
+    trainer.cv_loss = installed
+    trainer._cv_records = {True: [], False: []}
+    trainer._cv_reported = False
+    installed.listeners = [trainer._cv_record]
+    # Without these two the gradient depends on how tokens fall into micro-batches and ranks.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.args.average_tokens_across_devices = True

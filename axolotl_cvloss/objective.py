@@ -1,0 +1,202 @@
+"""An objective: a weighted sum of losses, computed from logits or from hidden states and a head."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import CVLossConfig
+from .engine.compute import Outcome, compute
+from .engine.evaluate import Term
+from .engine.sources import LogitSource, TensorSource
+from .registry import available_losses
+from .rows import IGNORE_INDEX, Rows, aligned_labels, select_rows
+
+Count = Tensor | float | None
+
+
+@dataclass
+class ObjectiveResult:
+    """What an objective says of a batch.
+
+    loss: scalar, differentiable; the weighted sum of the terms.
+    terms: the unweighted mean of each term over its rows, detached.
+    nll: mean -log p of the trained rows, in nats, detached; there whatever the terms are.
+    n_tokens: number of trained rows.
+    counts: for each term, the number of rows its mean is over.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    nll: Tensor
+    n_tokens: int
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Objective:
+    """A weighted sum of losses.
+
+    >>> objective = Objective.from_config({"cross_entropy": 0.6, "lovasz": 0.4})
+    >>> result = objective.from_logits(logits, labels)
+    >>> result.loss.backward()
+    """
+
+    def __init__(self, config: CVLossConfig) -> None:
+        self.config = config
+        losses = available_losses()
+        self.terms: list[Term] = []
+        for term in config.terms:
+            same = sum(t.loss.name == term.loss for t in self.terms)
+            name = f"{term.loss}_{same + 1}" if same else term.loss
+            self.terms.append(Term(name, losses[term.loss], term.weight, term.scope, term.per, term.parameters))
+        self.scopes = tuple(dict.fromkeys(["completion", *(term.scope for term in self.terms)]))
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Objective":
+        """An objective from any spelling of the ``cv_loss`` key.
+
+        Raises:
+            ConfigError: A ValueError that names the key, what was wrong, and what is allowed.
+        """
+        return cls(CVLossConfig.parse(config))
+
+    def __str__(self) -> str:
+        return " + ".join(f"{term.weight:g} {term.name}" for term in self.terms) + (
+            " (the paper's code)" if self.config.reference else ""
+        )
+
+    def __repr__(self) -> str:
+        return f"Objective({self.config.dump()})"
+
+    def from_logits(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        shift: bool = True,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        num_items_in_batch: Count | Mapping[str, Count] = None,
+    ) -> ObjectiveResult:
+        """The objective of a batch of logits.
+
+        Args:
+            logits: (B, T, V) or (N, V); bf16, fp16 and fp32 are computed in float32, float64 in float64.
+            labels: (B, T) or (N,), int64; -100 is ignored.
+            shift: Row t predicts label t + 1 (the causal convention); False: labels are aligned with rows.
+            position_ids: (B, T); tell packed documents apart, as they restart at each.
+            attention_mask: (B, T); 0 is padding; only ``scope: sequence`` and numbered documents need it.
+            input_ids: (B, T); only ``scope: sequence`` needs them.
+            num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step:
+                the trained tokens of all of them. A mapping gives a count for each scope. None: the rows given.
+
+        Raises:
+            IndexError: A label is outside the vocabulary.
+            ValueError: Shapes do not fit, or input_ids are missing.
+        """
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit; "
+                "expected (B, T, V) and (B, T), or (N, V) and (N,)"
+            )
+        labels = labels.to(logits.device)
+        rows = select_rows(
+            labels,
+            shift=shift,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            input_ids=input_ids,
+            scopes=self.scopes,
+        )
+        source = TensorSource(logits, rows.index)
+        if self.config.reference:
+            return self._reference(logits, labels, shift, input_ids, rows, num_items_in_batch)
+        return self._compute(source, rows, num_items_in_batch)
+
+    def _compute(
+        self, source: LogitSource, rows: Rows, num_items_in_batch: Count | Mapping[str, Count]
+    ) -> ObjectiveResult:
+        _check_labels(rows.labels, source.vocab_size)
+        counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
+        denominators = _denominators(counts, num_items_in_batch)
+        outcome = compute(source, self.terms, rows, counts, denominators)
+        return self._result(outcome, counts)
+
+    def _result(self, outcome: Outcome, counts: dict[str, int]) -> ObjectiveResult:
+        return ObjectiveResult(
+            loss=outcome.loss,
+            terms=outcome.means,
+            nll=outcome.nll,
+            n_tokens=counts["completion"],
+            counts={term.name: counts[term.scope] for term in self.terms},
+        )
+
+    def _reference(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        shift: bool,
+        input_ids: Tensor | None,
+        rows: Rows,
+        num_items_in_batch: Count | Mapping[str, Count],
+    ) -> ObjectiveResult:
+        """The paper's code: dense losses on (B, T, V), masked rows and all.
+
+        Its training step cuts off the columns before the first trained token of the batch; so does this for
+        unaligned labels.
+        """
+        _check_labels(rows.labels, logits.shape[-1])
+        counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
+        denominators = _denominators(counts, num_items_in_batch)
+        logits = logits.view(-1, *logits.shape[-2:]) if logits.dim() > 2 else logits[None]
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        aligned = aligned_labels(labels, shift)
+        everything = aligned.new_full((aligned.numel(),), IGNORE_INDEX)
+        everything[rows.index] = rows.labels
+        targets = {"completion": aligned, "sequence": everything.view_as(aligned)}
+        if not counts["completion"]:
+            loss = logits.flatten()[:0].sum()
+            zero = loss.detach()
+            return self._result(Outcome(loss, {t.name: zero for t in self.terms}, zero), counts)
+        loss, means = logits.new_zeros(()), {}
+        for term in self.terms:
+            target = targets[term.scope]
+            first = int((target != IGNORE_INDEX).any(0).nonzero()[0]) if shift else 0
+            known = {k: v for k, v in term.parameters.items() if k in inspect.signature(term.loss.reference).parameters}
+            value = term.loss.reference(logits[:, first:], target[:, first:], **known)
+            means[term.name] = value.detach()
+            loss = loss + term.weight * value * counts[term.scope] / denominators[term.scope]
+        nll = torch.nn.functional.cross_entropy(logits.detach().flatten(0, 1), aligned.flatten())
+        return self._result(Outcome(loss, means, nll), counts)
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Raise for a label that is no column of the logits, and name it."""
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= vocab_size):
+        wrong = labels[(labels < 0) | (labels >= vocab_size)]
+        raise IndexError(
+            f"label {int(wrong[0])} is outside the vocabulary: allowed are 0 to {vocab_size - 1}, and -100 for "
+            "rows to ignore"
+        )
+
+
+def _denominators(
+    counts: dict[str, int], num_items_in_batch: Count | Mapping[str, Count]
+) -> dict[str, Tensor | float]:
+    """What the sum over the rows of each scope is divided by.
+
+    Where only the trained tokens of the step are known, a micro-batch's mean over another scope counts by its share
+    of the trained tokens.
+    """
+    if num_items_in_batch is None:
+        return {scope: float(max(1, count)) for scope, count in counts.items()}
+    if not isinstance(num_items_in_batch, Mapping):
+        num_items_in_batch = {"completion": num_items_in_batch}
+    given = {scope: count for scope, count in num_items_in_batch.items() if count is not None}
+    share = given.get("completion", 1.0) / max(counts["completion"], 1e-30)
+    return {scope: given.get(scope, max(1, count) * share) for scope, count in counts.items()}

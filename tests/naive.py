@@ -1,0 +1,271 @@
+"""Every loss once more, straight from its formula: dense, slow, one document and one class at a time.
+
+The tests compare the package with these. They share no code with it, and are written to be read beside the
+papers.
+
+Each function: (logits (N, V), labels (N,), documents (N,) of set ids or None, **parameters) -> scalar. Rows
+with label -100 are dropped first. Token losses average over the rows left. Set-level losses take one value
+a document (no `documents`: all rows are one), and average these with the documents' row counts as weights.
+Nothing left: a zero connected to the logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+NAIVE = {}
+
+
+def token_loss(row):
+    """Register row(z (V,), y, **parameters) -> scalar: the value of one row."""
+
+    def loss(logits, labels, documents=None, **parameters):
+        rows = [row(z, int(y), **parameters) for z, y in zip(logits, labels, strict=True) if y != -100]
+        return sum(rows) / len(rows) if rows else logits.sum() * 0
+
+    NAIVE[row.__name__] = loss
+    return loss
+
+
+def set_loss(value):
+    """Register value(z (n, V), y (n,), **parameters) -> scalar: the value of one document."""
+
+    def loss(logits, labels, documents=None, **parameters):
+        keep = labels != -100
+        if not keep.any():
+            return logits.sum() * 0
+        documents = torch.zeros_like(labels) if documents is None else documents
+        total = 0
+        for d in documents[keep].unique():
+            rows = keep & (documents == d)
+            total = total + rows.sum() * value(logits[rows], labels[rows], **parameters)
+        return total / keep.sum()
+
+    NAIVE[value.__name__] = loss
+    return loss
+
+
+def class_loss(value):
+    """Register value(p (n,), g (n,) of 0 and 1, **parameters) -> a class; a set takes their mean."""
+
+    def mean_over_present(z, y, **parameters):
+        p = z.softmax(1)
+        values = [value(p[:, c], (y == c).to(p.dtype), **parameters) for c in y.unique()]
+        return sum(values) / len(values)
+
+    mean_over_present.__name__ = value.__name__
+    return set_loss(mean_over_present)
+
+
+# The paper's five
+
+
+@token_loss
+def cross_entropy(z, y, label_smoothing=0.0):
+    logp = z.log_softmax(0)
+    return -(1 - label_smoothing) * logp[y] - label_smoothing * logp.mean()
+
+
+@token_loss
+def focal(z, y, gamma=2.0, alpha=1.0):
+    p = z.softmax(0)[y]
+    return -alpha * (1 - p) ** gamma * z.log_softmax(0)[y]
+
+
+@token_loss
+def self_adjusting_dice(z, y, alpha=1.0, smooth=1.0, detach_weight=False):
+    p = z.softmax(0)[y]
+    weight = (1 - p) ** alpha
+    q = (weight.detach() if detach_weight else weight) * p
+    return 1 - (2 * q + smooth) / (q + 1 + smooth)
+
+
+@set_loss
+def generalized_dice(z, y, smooth=1e-5):
+    p = z.softmax(1)
+    above, below = smooth, smooth
+    for c in y.unique():
+        member = y == c
+        weight = 1 / int(member.sum()) ** 2
+        above = above + 2 * weight * p[member, c].sum()
+        below = below + weight * (p[:, c].sum() + member.sum())
+    return 1 - above / below
+
+
+def lovasz_extension(errors, member):
+    """Algorithm 1 of Berman 2018: steps of the Jaccard loss as rows become wrong, the largest error first."""
+    members, wrong, wrong_others, before, total = sum(member), 0, 0, 0.0, 0
+    for i in errors.argsort(descending=True).tolist():
+        if member[i]:
+            wrong += 1
+        else:
+            wrong_others += 1
+        jaccard = 1 - (members - wrong) / (members + wrong_others)
+        total = total + errors[i] * (jaccard - before)
+        before = jaccard
+    return total
+
+
+@class_loss
+def lovasz(p, g):
+    return lovasz_extension(torch.where(g == 1, 1 - p, p), [bool(x) for x in g])
+
+
+# More segmentation losses
+
+
+@class_loss
+def dice(p, g, smooth=1.0):
+    return 1 - (2 * (p * g).sum() + smooth) / (p.sum() + g.sum() + smooth)
+
+
+@class_loss
+def jaccard(p, g, smooth=1.0):
+    both = (p * g).sum()
+    return 1 - (both + smooth) / (p.sum() + g.sum() - both + smooth)
+
+
+def tversky_of_class(p, g, alpha, beta, smooth):
+    hit, false_positive, false_negative = (p * g).sum(), (p * (1 - g)).sum(), ((1 - p) * g).sum()
+    return 1 - (hit + smooth) / (hit + alpha * false_positive + beta * false_negative + smooth)
+
+
+@class_loss
+def tversky(p, g, alpha=0.3, beta=0.7, smooth=1.0):
+    return tversky_of_class(p, g, alpha, beta, smooth)
+
+
+@class_loss
+def focal_tversky(p, g, alpha=0.3, beta=0.7, gamma=0.75, smooth=1.0):
+    return tversky_of_class(p, g, alpha, beta, smooth) ** gamma
+
+
+@set_loss
+def log_cosh_dice(z, y, smooth=1.0):
+    return torch.log(torch.cosh(dice(z, y, smooth=smooth)))
+
+
+@class_loss
+def jaccard_metric(p, g):
+    distance = (p - g).abs().sum()
+    return 1 - (p.sum() + g.sum() - distance) / (p.sum() + g.sum() + distance)
+
+
+@set_loss
+def unified_focal(z, y, focal_weight=0.5, delta=0.6, gamma=0.5, smooth=1.0):
+    # Symmetric form: delta weighs the cross-entropy and the misses, 1 - delta the false alarms.
+    modified_focal = delta * focal(z, y, gamma=1 - gamma)
+    regions = focal_tversky(z, y, alpha=1 - delta, beta=delta, gamma=gamma, smooth=smooth)
+    return focal_weight * modified_focal + (1 - focal_weight) * regions
+
+
+@set_loss
+def topk_cross_entropy(z, y, k=0.1):
+    nll = torch.stack([cross_entropy(z[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+    return nll.sort(descending=True).values[: max(1, int(k * len(y)))].mean()
+
+
+@token_loss
+def poly(z, y, epsilon=1.0):
+    return -z.log_softmax(0)[y] + epsilon * (1 - z.softmax(0)[y])
+
+
+@token_loss
+def asymmetric(z, y, gamma_positive=0.0, gamma_negative=4.0, label_smoothing=0.1):
+    p, logp = z.softmax(0), z.log_softmax(0)
+    share = label_smoothing / len(z)
+    target = -(1 - label_smoothing + share) * (1 - p[y]) ** gamma_positive * logp[y]
+    others = sum(p[j] ** gamma_negative * logp[j] for j in range(len(z)) if j != y)
+    return target - share * others
+
+
+# Losses of the related work
+
+
+@token_loss
+def gce(z, y, q=0.7):
+    return (1 - z.softmax(0)[y] ** q) / q
+
+
+@token_loss
+def encouraging(z, y, log_end=0.75):
+    p = z.softmax(0)[y]
+    bonus = torch.log(1 - p) if p <= log_end else math.log(1 - log_end) - (p - log_end) / (1 - log_end)
+    return -z.log_softmax(0)[y] + bonus
+
+
+@token_loss
+def squentropy(z, y, coefficient=1.0):
+    return -z.log_softmax(0)[y] + coefficient * sum(z[j] ** 2 for j in range(len(z)) if j != y) / (len(z) - 1)
+
+
+@token_loss
+def spherical_z(z, y, slope=1.0, offset=10.0):
+    standardised = (z[y] - z.mean()) / z.std(correction=0)
+    return torch.log1p(torch.exp(slope * (offset - standardised))) / slope
+
+
+@token_loss
+def z_regularized(z, y, coefficient=1e-4):
+    return -z.log_softmax(0)[y] + coefficient * z.logsumexp(0) ** 2
+
+
+@token_loss
+def ldr(z, y, temperature=1.0, margin=0.1):
+    others = torch.ones_like(z)
+    others[y] = 0
+    scaled = (z - z[y] + margin * others) / temperature
+    return temperature * (scaled.logsumexp(0) - math.log(len(z)))
+
+
+def project_on_simplex(z):
+    """Euclidean projection: the one threshold tau at which the entries of z above it, less tau, sum to 1."""
+    for size in range(len(z), 0, -1):
+        top = z.topk(size).values
+        tau = (top.sum() - 1) / size
+        if top[-1] > tau:
+            return (z - tau).clamp(min=0)
+
+
+@token_loss
+def sparsemax(z, y):
+    p = project_on_simplex(z)
+    return (p * z).sum() - z[y] + (1 - (p**2).sum()) / 2
+
+
+@set_loss
+def direct_coverage(z, y, n=256):
+    logp = -cross_entropy(z, y) * len(y)
+    # 1 - (1-P)^n, by the two functions that keep small P apart from 0.
+    return -torch.log(-torch.expm1(n * torch.log1p(-logp.exp())))
+
+
+# Losses of today's fine-tuning frameworks
+
+
+@token_loss
+def dft(z, y, beta=1.0):
+    return -(z.softmax(0)[y].detach() ** beta) * z.log_softmax(0)[y]
+
+
+@token_loss
+def entropy_adaptive(z, y, alpha=1.0, k=20):
+    top = z.detach().topk(min(k, len(z))).values.softmax(0)
+    entropy = torch.special.entr(top).sum()
+    return (entropy / math.log(k)) ** alpha * -z.log_softmax(0)[y]
+
+
+@token_loss
+def confidence_penalty(z, y, coefficient=0.1):
+    logp = z.log_softmax(0)
+    return -logp[y] - coefficient * -(logp.exp() * logp).sum()
+
+
+@token_loss
+def gem(z, y, beta=0.7):
+    logp = z.log_softmax(0)
+    q = F.softmax(logp / beta, 0).detach()
+    return -logp[y] + (q * logp).sum()
