@@ -1,5 +1,8 @@
 """The ``cv_loss`` key: its models, its spellings, and messages that say what was wrong and what is allowed."""
 
+import inspect
+import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .registry import Loss, available_losses, nearest
 
 KEY = "cv_loss"
+MOST_PROBLEMS = 10  # that one message lists
 
 
 class ConfigError(ValueError):
@@ -73,7 +77,8 @@ class CVLossConfig(BaseModel):
             config.terms = [term for term in terms if term is not None]
             _check_whole(config, problems)
         if problems:
-            raise ConfigError("\n".join(problems))
+            more = len(problems) - MOST_PROBLEMS
+            raise ConfigError("\n".join(problems[:MOST_PROBLEMS] + [f"{KEY}: {more} more problems"] * (more > 0)))
         assert config is not None
         return config
 
@@ -102,13 +107,14 @@ def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
             terms = []
         elif not terms:
             problems.append(f"{KEY}.terms: is empty; give at least one term such as {{loss: lovasz}}")
-        return {"terms": [(f"{KEY}.terms[{i}]", term) for i, term in enumerate(terms)], **value}
+        fields = {_word(name): given for name, given in value.items()}
+        return {"terms": [(f"{KEY}.terms[{i}]", term) for i, term in enumerate(terms)], **fields}
     options = {name: value.pop(name) for name in ("head", "reference") if name in value}
     terms = []
     for name, given in value.items():
-        where = f"{KEY}.{name}"
+        where = f"{KEY}.{_word(name)}"
         if not isinstance(name, str):
-            problems.append(f"{where}: {_show(name)} is not the name of a loss")
+            problems.append(f"{where}: {_show(name)} is not the name of a loss; allowed: {', '.join(available_losses())}")
         elif isinstance(given, Mapping):
             if "loss" in given:
                 problems.append(f"{where}.loss: the loss is named by the key already; leave it out")
@@ -128,13 +134,13 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
     name = given.get("loss")
     if not isinstance(name, str) or name not in losses:
         what = "names no loss" if name is None else f"unknown loss {_show(name)}"
-        also = [] if "terms" in where else ["head", "reference"]
-        hint = nearest(str(name), [*losses, *also])
+        also = [field for field in CVLossConfig.model_fields if where == f"{KEY}.{name}"]
+        hint = nearest(_show(name), [*losses, *also])
         problems.append(f"{where}: {what}; {hint}allowed: {', '.join(losses)}")
         return None
     loss = losses[name]
     own = {field: given[field] for field in TermConfig.model_fields if field in given and field != "parameters"}
-    rest = {str(k): v for k, v in given.items() if k not in own}
+    rest = {_word(k): v for k, v in given.items() if k not in own}
     term = _validate(TermConfig, own, where, problems)
     parameters = _validate(loss.parameters, rest, where, problems, owner=loss)
     if "per" in own and not loss.per_set:
@@ -200,15 +206,32 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
         problems.append(f"{KEY}: every weight is 0, so nothing would be trained; give one term a weight above 0")
     if config.reference:
         for term in config.terms:
-            if available_losses()[term.loss].reference is None:
+            loss = available_losses()[term.loss]
+            if loss.reference is None:
                 there = ", ".join(name for name, loss in available_losses().items() if loss.reference)
                 problems.append(f"{KEY}.reference: the paper's code has no {term.loss}; allowed with it: {there}")
-            if term.parameters.get("detach_weight"):
-                problems.append(f"{KEY}.reference: the paper's code has no detach_weight; leave it out")
+                continue
+            known = inspect.signature(loss.reference).parameters
+            for name, value in term.parameters.items():
+                if name not in known and value != loss.parameters.model_fields[name].default:
+                    problems.append(f"{KEY}.reference: {term.loss} of the paper's code has no {name}; leave it out")
         if config.head == "fused":
             problems.append(f"{KEY}.head: reference: true needs the logits; allowed with it: auto, logits")
 
 
+_brief = reprlib.Repr()
+_brief.maxlevel = 3
+
+
 def _show(value: Any) -> str:
-    text = repr(value)
+    """Any value in a few words on one line, however long, deep or strange it is."""
+    try:
+        text = " ".join(_brief.repr(value).split())
+    except Exception:  # such as a whole number of more digits than Python prints
+        text = f"this {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _word(name: Any) -> str:
+    """A key as it stands in a path."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name) else _show(name)

@@ -11,7 +11,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-@hookspec
+@hookspec(historic=True)
 def cvloss_register_losses(register: Callable[..., Any]) -> None:
     """Register losses: ``register(name, family=...)(function)``, or ``register`` as a decorator.
 

@@ -6,14 +6,19 @@ end up calling the patched forward.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .head import Head, HeadTap, postprocessing, probed, processed
 from .objective import Objective, ObjectiveResult
+
+logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cv_loss_installation"
 _ROW_INPUTS = ("position_ids", "attention_mask", "input_ids")
@@ -23,7 +28,8 @@ class Installation:
     """An objective in a model.
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
-    terms whose rows are not the ones that ``num_items_in_batch`` counts.
+    terms whose rows are not the ones that ``num_items_in_batch`` counts. ``keep_logits`` says whether the outputs
+    must have logits; None: in evaluation, but not in training, unless the objective needs them anyway.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -31,11 +37,16 @@ class Installation:
         self.objective = objective
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[str, Tensor] = {}
+        self.keep_logits: bool | None = None
+        self._tap = HeadTap(model)
+        self._fusable: bool | None = None  # not known before the first batch
+        self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}
         self._saved = {name: model.__dict__.get(name) for name in ("forward", "accepts_loss_kwargs")}
         original = model.forward
         signature = inspect.signature(original)
         names = list(signature.parameters)
 
+        @partial(torch.compiler.disable, recursive=False)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             kwargs.update(zip(names, args, strict=False))
             if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
@@ -45,12 +56,13 @@ class Installation:
 
         # Trainer reads from the signature which columns of the dataset the model takes.
         itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore
+        forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
         forward.__doc__ = original.__doc__
-        model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+        model.forward = MethodType(forward, model)
         model.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer then passes num_items_in_batch
 
     def remove(self) -> None:
+        self._tap.remove()
         for name, value in self._saved.items():
             self.model.__dict__.pop(name, None)
             if value is not None:
@@ -67,42 +79,87 @@ class Installation:
         **inputs: Any,
     ) -> Any:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
-        outputs = original(**inputs, return_dict=True)
-        result = self._compute(outputs.logits, labels, shift_labels, num_items_in_batch, inputs)
+        run = partial(original, **inputs, return_dict=True)
+        counts = None if num_items_in_batch is None else {**self.counts, "completion": num_items_in_batch}
+        given: dict[str, Any] = {
+            "labels": labels if shift_labels is None else shift_labels,
+            "shift": shift_labels is None,
+            "num_items_in_batch": counts,
+            **{name: inputs.get(name) for name in _ROW_INPUTS},
+        }
+        both = self._fused(run, given) if self._wants_fused() else None
+        if both is None:
+            outputs = run()
+            result = _from_logits(self.objective, outputs.logits, given)
+        else:
+            outputs, result = both
         loss = result.loss
         if (aux_loss := outputs.get("aux_loss")) is not None:  # load balancing of a mixture of experts
             config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
-        outputs["loss"] = loss
-        outputs.move_to_end("loss", last=False)
         for listener in self.listeners:
             listener(result)
-        if return_dict is False:
-            return outputs.to_tuple()
-        return outputs
+        outputs = type(outputs)(**{**outputs, "loss": loss})
+        return outputs.to_tuple() if return_dict is False else outputs
 
-    @torch.compiler.disable
-    def _compute(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        num_items_in_batch: Tensor | float | None,
-        inputs: dict[str, Any],
-    ) -> ObjectiveResult:
-        shift = shift_labels is None
-        target = labels if shift_labels is None else shift_labels
-        assert target is not None
-        counts = None
-        if num_items_in_batch is not None:
-            counts = {**self.counts, "completion": num_items_in_batch}
-        return self.objective.from_logits(
-            logits,
-            target,
-            shift=shift,
-            num_items_in_batch=counts,
-            **{name: inputs.get(name) for name in _ROW_INPUTS},
+    def _wants_fused(self) -> bool:
+        keep_logits = not self.model.training if self.keep_logits is None else self.keep_logits
+        if self.objective.config.head == "logits" or self.objective.config.reference or keep_logits:
+            return False
+        if self._fusable is None and self._tap.find() is None:
+            self._refuse("get_output_embeddings() of the model gives no head")
+        return self._fusable is not False
+
+    def _fused(self, run: Callable[[], Any], given: dict[str, Any]) -> tuple[Any, ObjectiveResult] | None:
+        """The outputs without logits and the objective, or None where the model cannot be trusted with it.
+
+        On the first batch a few rows of the model's own logits are compared with what the objective takes them for.
+        """
+        results: list[ObjectiveResult] = []
+        expected: list[Tensor] = []
+        probe = self._fusable is None
+
+        @torch.compiler.disable
+        def take(hidden_states: Tensor, head: Head) -> None:
+            results.append(self.objective.from_hidden(hidden_states, head, **given, **self._postprocessing))
+            if probe:
+                with torch.no_grad():
+                    expected.append(processed(head.forward(probed(hidden_states)), **self._postprocessing))
+
+        try:
+            outputs = self._tap.run(run, take, probe)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not probe or not results:
+                raise
+            return self._refuse(f"its forward fails without all logits ({error})")
+        if len(results) != 1:
+            return self._refuse(f"its forward calls the head {len(results)} times")
+        if probe:
+            seen = outputs.logits.detach().float()
+            if seen.shape != expected[0].shape or not torch.allclose(seen, expected[0], rtol=0.02, atol=0.02):
+                return self._refuse("its logits are not those of its head, scaled and capped as its config says")
+            self._fusable = True
+        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+        return outputs, results[0]
+
+    def _refuse(self, why: str) -> Any:
+        """Go on with full logits, or stop where fused was asked for."""
+        if self.objective.config.head == "fused":
+            raise RuntimeError(
+                f"cv_loss.head: fused is not possible with {type(self.model).__name__}: {why}. "
+                "Use head: auto or head: logits"
+            )
+        self._fusable = False
+        logger.warning(
+            f"cv_loss: the logits of {type(self.model).__name__} are kept in full, as {why}. "
+            "This takes more memory; `head: logits` silences this warning"
         )
+        return None
+
+
+@torch.compiler.disable
+def _from_logits(objective: Objective, logits: Tensor, given: dict[str, Any]) -> ObjectiveResult:
+    return objective.from_logits(logits, **given)
 
 
 def install(model: nn.Module, objective: Objective) -> nn.Module:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import CVLossConfig
 from .engine.compute import Outcome, compute
 from .engine.evaluate import Term
-from .engine.sources import LogitSource, TensorSource
+from .engine.sources import LinearSource, LogitSource, ModuleSource, TensorSource
+from .head import Head
 from .registry import available_losses
 from .rows import IGNORE_INDEX, Rows, aligned_labels, select_rows
 
@@ -98,11 +99,7 @@ class Objective:
             IndexError: A label is outside the vocabulary.
             ValueError: Shapes do not fit, or input_ids are missing.
         """
-        if logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit; "
-                "expected (B, T, V) and (B, T), or (N, V) and (N,)"
-            )
+        _check_shapes("logits", "V", logits, labels)
         labels = labels.to(logits.device)
         rows = select_rows(
             labels,
@@ -112,9 +109,50 @@ class Objective:
             input_ids=input_ids,
             scopes=self.scopes,
         )
-        source = TensorSource(logits, rows.index)
         if self.config.reference:
-            return self._reference(logits, labels, shift, input_ids, rows, num_items_in_batch)
+            return self._reference(logits, labels, shift, rows, num_items_in_batch)
+        return self._compute(TensorSource(logits, rows.index), rows, num_items_in_batch)
+
+    def from_hidden(
+        self,
+        hidden_states: Tensor,
+        head: Tensor | nn.Module | Head,
+        labels: Tensor,
+        *,
+        shift: bool = True,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        num_items_in_batch: Count | Mapping[str, Count] = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> ObjectiveResult:
+        """The objective of hidden states under a head, without keeping the logits.
+
+        The logits are ``head(hidden_states) * scale``, then ``softcap * tanh(logits / softcap)`` where a softcap is
+        given.
+
+        Args:
+            hidden_states: (B, T, H) or (N, H).
+            head: The weight (V, H), or the module. The weight of a plain ``nn.Linear`` is read; any other module is
+                called, so that adapters and quantised weights are honoured.
+            labels: (B, T) or (N,); for this and the rest see ``from_logits``.
+            scale: What the logits are multiplied by.
+            softcap: Bound of the logits.
+        """
+        _check_shapes("hidden_states", "H", hidden_states, labels)
+        if self.config.reference:
+            raise ValueError("cv_loss.reference: the paper's code needs logits; use from_logits")
+        labels = labels.to(hidden_states.device)
+        rows = select_rows(
+            labels,
+            shift=shift,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            input_ids=input_ids,
+            scopes=self.scopes,
+        )
+        source = _head_source(hidden_states, head, rows.index, scale, softcap)
         return self._compute(source, rows, num_items_in_batch)
 
     def _compute(
@@ -123,7 +161,8 @@ class Objective:
         _check_labels(rows.labels, source.vocab_size)
         counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
         denominators = _denominators(counts, num_items_in_batch)
-        outcome = compute(source, self.terms, rows, counts, denominators)
+        with torch.autocast(rows.labels.device.type, enabled=False):
+            outcome = compute(source, self.terms, rows, counts, denominators)
         return self._result(outcome, counts)
 
     def _result(self, outcome: Outcome, counts: dict[str, int]) -> ObjectiveResult:
@@ -140,7 +179,6 @@ class Objective:
         logits: Tensor,
         labels: Tensor,
         shift: bool,
-        input_ids: Tensor | None,
         rows: Rows,
         num_items_in_batch: Count | Mapping[str, Count],
     ) -> ObjectiveResult:
@@ -167,12 +205,22 @@ class Objective:
         for term in self.terms:
             target = targets[term.scope]
             first = int((target != IGNORE_INDEX).any(0).nonzero()[0]) if shift else 0
-            known = {k: v for k, v in term.parameters.items() if k in inspect.signature(term.loss.reference).parameters}
-            value = term.loss.reference(logits[:, first:], target[:, first:], **known)
+            reference = term.loss.reference
+            assert reference is not None
+            known = {k: v for k, v in term.parameters.items() if k in inspect.signature(reference).parameters}
+            value = reference(logits[:, first:], target[:, first:], **known)
             means[term.name] = value.detach()
             loss = loss + term.weight * value * counts[term.scope] / denominators[term.scope]
         nll = torch.nn.functional.cross_entropy(logits.detach().flatten(0, 1), aligned.flatten())
         return self._result(Outcome(loss, means, nll), counts)
+
+
+def _check_shapes(name: str, last: str, tensor: Tensor, labels: Tensor) -> None:
+    if tensor.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name} {tuple(tensor.shape)} and labels {tuple(labels.shape)} do not fit; "
+            f"expected (B, T, {last}) and (B, T), or (N, {last}) and (N,)"
+        )
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -200,3 +248,24 @@ def _denominators(
     given = {scope: count for scope, count in num_items_in_batch.items() if count is not None}
     share = given.get("completion", 1.0) / max(counts["completion"], 1e-30)
     return {scope: given.get(scope, max(1, count) * share) for scope, count in counts.items()}
+
+
+def _head_source(
+    hidden_states: Tensor, head: Tensor | nn.Module | Head, index: Tensor, scale: float, softcap: float | None
+) -> LogitSource:
+    weight, bias = head, None
+    if not isinstance(head, Tensor):
+        if isinstance(head, nn.Module):
+            head = Head(head, head)
+        module = head.module
+        plain = type(module).forward is nn.Linear.forward and type(module.weight) in (Tensor, nn.Parameter)
+        if not plain:
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            random = module.training and any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
+            return ModuleSource(hidden_states, head.forward, parameters, index, scale, softcap, random)
+        weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert not isinstance(bias, nn.Module)
+    device = hidden_states.device.type
+    compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return LinearSource(hidden_states, weight, bias, index, scale, softcap, compute_dtype)

@@ -5,7 +5,6 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 import pluggy
@@ -92,11 +91,13 @@ def register_loss(
             elsewhere the function gets None for them.
 
     Raises:
-        ValueError: The name is taken or malformed, the family unknown, or an argument is no statistic of it.
+        ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a default
+            is out of the bounds of its annotation.
     """
 
     def register(function: Function) -> Function:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
+        plugin_manager()  # so that a taken name is found here, and not when the built-in losses are wanted
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
             raise ValueError(f"{name!r} cannot name a loss: lower case letters, digits and _, and none of {RESERVED}")
         if name in _losses:
             raise ValueError(f"a loss named {name!r} is registered already, by {_losses[name].function.__module__}")
@@ -114,16 +115,20 @@ def register_loss(
                 f"loss {name!r}: arguments without a default must be statistics of the family {family!r} "
                 f"({', '.join(FAMILIES[family])}), not {', '.join(statistics) or 'none'}"
             )
-        if taken := set(fields) & set(RESERVED):
+        if taken := set(fields) & {*RESERVED, *FAMILIES[family]}:
             raise ValueError(f"loss {name!r}: {', '.join(sorted(taken))} cannot be the name of a parameter")
-        config = ConfigDict(extra="forbid", allow_inf_nan=False)
+        if not set(only_if or {}) <= set(statistics) or not set((only_if or {}).values()) <= set(fields):
+            raise ValueError(f"loss {name!r}: only_if maps statistics of the loss to parameters of it, not {only_if}")
+        config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+        parameters = create_model(f"{name}_parameters", __config__=config, **fields)  # type: ignore[call-overload]
+        parameters()  # the defaults must lie within the bounds too
         text = inspect.getdoc(function) or ""
         _losses[name] = Loss(
             name=name,
             family=family,
             function=function,
             statistics=tuple(statistics),
-            parameters=create_model(f"{name}_parameters", __config__=config, **fields),  # type: ignore[call-overload]
+            parameters=parameters,
             formula=_docline(text, "Formula"),
             source=_docline(text, "Source"),
             summary=text.split("\n", 1)[0],
@@ -159,18 +164,33 @@ def nearest(word: str, allowed: Any) -> str:
     return f"did you mean {match[0]}? " if match else ""
 
 
-@cache
+_manager: pluggy.PluginManager | None = None
+
+
 def plugin_manager() -> pluggy.PluginManager:
-    """The plugin manager, with the built-in losses and those of installed packages registered."""
+    """The plugin manager, with the built-in losses and those of installed packages registered.
+
+    The hook is historic: a plugin object that is registered later is called at once.
+    """
+    global _manager
+    if _manager is not None:
+        return _manager
     from . import losses
 
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    for module in losses.BUILT_IN:
-        manager.register(module)
-    manager.load_setuptools_entrypoints(hookspecs.PROJECT)
-    manager.check_pending()
-    manager.hook.cvloss_register_losses(register=register_loss)
+    # Set first, as a package may use `register_loss` while it is imported below.
+    _manager = manager = pluggy.PluginManager(hookspecs.PROJECT)
+    try:
+        manager.add_hookspecs(hookspecs)
+        manager.hook.cvloss_register_losses.call_historic(kwargs={"register": register_loss})
+        for module in losses.BUILT_IN:
+            manager.register(module)
+        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+        manager.check_pending()
+    except BaseException:
+        # The next call must fail in the same way, not over what this one has left.
+        _losses.clear()
+        _manager = None
+        raise
     return manager
 
 

@@ -2,11 +2,13 @@
 
 Terms of one row each (families token and row) are evaluated and pulled back as soon as a chunk of logits is there.
 Set-level terms need the statistics of the whole batch first, so the logits are visited twice; the last chunk of the
-first visit is still at hand for the second.
+first visit is still at hand for the second. Where only hidden states want a gradient (a frozen head), p times the
+head's weight is kept from the first visit, and the second needs no logits at all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,6 +134,7 @@ class _Pass:
         for term in self.terms:
             self.sums[term.name] = self.logp.new_zeros(())
         one_visit = not self.set_terms
+        mixes = gradient and not one_visit and not self.row_terms and self.source.mixes
         predicted = {
             group: torch.zeros(len(sets.labelled), dtype=self.logp.dtype, device=self.logp.device)
             for group, sets in self.groups.items()
@@ -145,8 +148,9 @@ class _Pass:
             exp, scale = self._softmax(logits, chunk)
             for group, sums in predicted.items():
                 if (window := self.windows[group][number]) is not None:
-                    p = exp[:, window.columns].mul_(scale[:, None])
-                    sums[window.pairs] += window.sums(p)
+                    sums[window.pairs] += window.sums(_p_of(exp, scale, window))
+            if mixes:
+                self.source.mix(chunk, exp, scale)
             if one_visit:
                 loss_, cotangents = self._token_terms(chunk, gradient)
                 loss = loss + loss_
@@ -160,7 +164,7 @@ class _Pass:
             leaves = [*self.statistics.values(), *predicted.values(), *(e.values for e in entries.values())]
             for leaf in leaves:
                 leaf.requires_grad_(gradient)
-            total = self._sum_rows(self.token_terms, slice(0, len(self.logp)), **self.statistics)
+            total = self._sum_rows(self.token_terms, slice(0, len(self.logp)), self.statistics)
             total = total + self._set_terms(predicted, entries)
         loss = loss + total.detach()
         if not gradient:
@@ -171,17 +175,27 @@ class _Pass:
         row_grads = {name: next(found) for name in self.statistics}
         region_grads = {group: next(found) for group in predicted}
         entry_grads = {name: next(found) for name in entries}
+        def columns(number: int, p: Callable[[Window], Tensor]) -> list[tuple[Tensor, Tensor]]:
+            return self._column_gradients(number, p, region_grads, entries, entry_grads)
+
         for number, chunk in reversed(list(enumerate(self.chunks))):
+            cotangents = {name: grad[chunk] for name, grad in row_grads.items()}
+            if mixes:
+                self._pull_mixed(chunk, cotangents, columns(number, partial(self._p, chunk)))
+                continue
             row_gradient = None
             if number != len(self.chunks) - 1 or self.row_terms:
                 logits = self.source.logits(chunk)
                 _, row_gradient = self._row_terms(logits, chunk, True, add=False)
                 exp = logits.sub_(self.lse[chunk, None]).exp_()
                 scale = torch.ones_like(self.lse[chunk])
-            columns = self._column_gradients(number, exp, scale, region_grads, entries, entry_grads)
-            cotangents = {name: grad[chunk] for name, grad in row_grads.items()}
-            self._pull(chunk, exp, scale, cotangents, columns, row_gradient)
+            found_ = columns(number, partial(_p_of, exp, scale))
+            self._pull(chunk, exp, scale, cotangents, found_, row_gradient)
         return loss, self.source.gradients()
+
+    def _p(self, chunk: slice, window: Window) -> Tensor:
+        """p at the columns of a window, without the logits of all."""
+        return self.source.columns(chunk, window.columns).sub_(self.lse[chunk, None]).exp_()
 
     def _softmax(self, logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         """Keep log p and lse of a chunk; turn its logits, in place, into exp with p = exp * scale[:, None]."""
@@ -210,10 +224,7 @@ class _Pass:
         With a the cotangent of log p, l that of lse, m that of the mean logit and b that of p at some columns:
         dz = a (onehot - p) + l p + m / V + p (b - <b, p>); ``columns`` has p b at those columns.
         """
-        slope = cotangents["lse"] - cotangents["logp"]
-        for _, weighted in columns:
-            slope = slope - weighted.sum(1)
-        gradient = exp.mul_((slope * scale)[:, None])
+        gradient = exp.mul_((self._slope(cotangents, columns) * scale)[:, None])
         for index, weighted in columns:
             gradient.index_add_(1, index, weighted)
         gradient.scatter_add_(1, self.rows.labels[chunk, None], cotangents["logp"][:, None])
@@ -223,31 +234,47 @@ class _Pass:
             gradient += row_gradient
         self.source.pull(chunk, gradient)
 
+    @staticmethod
+    def _slope(cotangents: dict[str, Tensor], columns: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """What p of a row is multiplied by away from the columns: l - a - <b, p>."""
+        slope = cotangents["lse"] - cotangents["logp"]
+        for _, weighted in columns:
+            slope = slope - weighted.sum(1)
+        return slope
+
     def _column_gradients(
         self,
         number: int,
-        exp: Tensor,
-        scale: Tensor,
+        p: Callable[[Window], Tensor],
         region_grads: dict[Group, Tensor],
         entries: dict[str, Entries],
         entry_grads: dict[str, Tensor],
     ) -> list[tuple[Tensor, Tensor]]:
         """For each group of sets, columns and p b at them, (n, columns), of a chunk."""
         found = []
-        for group in self.groups:
-            window = self.windows[group][number]
-            if window is None:
+        for group, sets_windows in self.windows.items():
+            window = sets_windows[number]
+            chosen = [t.name for t in self.set_terms if t.name in entries and (t.scope, t.per) == group]
+            if window is None or (group not in region_grads and not chosen):
                 continue
+            weighted = p(window)
             if group in region_grads:
                 b = window.lookup(region_grads[group], 0)[window.row_set]
             else:
-                b = self.logp.new_zeros(len(exp), len(window.columns))
-            for term in self.set_terms:
-                if term.name in entries and (term.scope, term.per) == group:
-                    e, part = entries[term.name], entries[term.name].chunks[number]
-                    b.index_put_((e.rows[part], e.columns[part]), entry_grads[term.name][part], accumulate=True)
-            found.append((window.columns, b.mul_(exp[:, window.columns]).mul_(scale[:, None])))
+                b = torch.zeros_like(weighted)
+            for name in chosen:
+                part = entries[name].chunks[number]
+                at = entries[name].rows[part], entries[name].columns[part]
+                b.index_put_(at, entry_grads[name][part], accumulate=True)
+            found.append((window.columns, weighted.mul_(b)))
         return found
+
+    def _pull_mixed(
+        self, chunk: slice, cotangents: dict[str, Tensor], columns: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """The gradient of a chunk without its logits: away from a few columns it is p times one number a row."""
+        columns = [*columns, (self.rows.labels[chunk], cotangents["logp"])]
+        self.source.pull_mixed(chunk, self._slope(cotangents, columns[:-1]), columns, cotangents.get("mean_logit"))
 
     # The terms
 
@@ -259,19 +286,24 @@ class _Pass:
             return self.logp.new_zeros(()), None
         leaf = logits.detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            total = self._sum_rows(self.row_terms, chunk, add, logits=leaf, labels=self.rows.labels[chunk])
+            total = self._sum_rows(
+                self.row_terms, chunk, {"logits": leaf, "labels": self.rows.labels[chunk]}, add
+            )
         return total.detach(), torch.autograd.grad(total, leaf)[0] if gradient else None
 
     def _token_terms(self, chunk: slice, gradient: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Value of the token terms on a chunk and the cotangents of its statistics."""
         leaves = {name: x[chunk].detach().requires_grad_(gradient) for name, x in self.statistics.items()}
         with torch.set_grad_enabled(gradient):
-            total = self._sum_rows(self.token_terms, chunk, **leaves)
+            total = self._sum_rows(self.token_terms, chunk, leaves)
         if not gradient:
             return total, leaves
         return total.detach(), dict(zip(leaves, _cotangents(total, leaves.values()), strict=True))
 
-    def _sum_rows(self, terms: Sequence[Term], chunk: slice, add: bool = True, **statistics: Tensor) -> Tensor:
+    def _sum_rows(
+        self, terms: Sequence[Term], chunk: slice, statistics: dict[str, Tensor], add: bool = True
+    ) -> Tensor:
+        """The weighted terms of the rows of a chunk; ``add`` them to the sums that are reported."""
         total = self.logp.new_zeros(())
         for term in terms:
             value = row_values(term, self.rows.scopes[term.scope][chunk], **statistics).sum()
@@ -310,18 +342,22 @@ class _Pass:
             size = len(found[-1][0]) if window is not None else 0
             chunks.append(slice(count, count + size))
             count += size
-        if not found:
-            empty = numbers[:0]
-            return Entries(self.logp[:0].clone(), empty, empty, empty, chunks)
-        return Entries(*(torch.cat(parts) for parts in zip(*found, strict=True)), chunks)
+        empty = numbers[:0]
+        parts = [torch.cat(part) for part in zip((self.logp[:0], empty, empty, empty), *found, strict=True)]
+        return Entries(parts[0], parts[1], parts[2], parts[3], chunks)
 
     def _entries(self, chunk: slice, window: Window, limit: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
-        p = self.source.columns(chunk, window.columns).sub_(self.lse[chunk, None]).exp_()
+        p = self._p(chunk, window)
         keep = (p >= window.lookup(limit, torch.inf)[window.row_set]) & (p > 0)
         keep.scatter_(1, window.own_column[:, None], False)
         rows, columns = keep.nonzero(as_tuple=True)
         pairs = window.lookup(numbers, -1)[window.row_set[rows], columns]
         return p[rows, columns], pairs, rows, columns
+
+
+def _p_of(exp: Tensor, scale: Tensor, window: Window) -> Tensor:
+    """p at the columns of a window, from p = exp * scale[:, None]."""
+    return exp[:, window.columns].mul_(scale[:, None])
 
 
 def _cotangents(total: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:

@@ -1,29 +1,55 @@
 """Logit sources: where a chunk of logits comes from, and where its gradient goes. Losses never know which."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
-class LogitSource(Protocol):
+class LogitSource:
     """N rows of V logits, a chunk at a time.
 
     ``tensors`` are those a gradient may be asked of. ``logits`` and ``columns`` return float32 (float64 for float64
     inputs) that the caller may overwrite until the next call. After ``start``, the gradient of each chunk comes in
-    by ``pull``, which may overwrite it; ``gradients`` hands out the sums, one for each of ``tensors``.
+    by ``pull``, right after its ``logits``, and may be overwritten; ``gradients`` hands out the sums.
     """
 
     tensors: Sequence[Tensor]
     vocab_size: int
     dtype: torch.dtype
+    mixes = False  # after start: whether mix and pull_mixed can stand for pull
 
-    def logits(self, rows: slice) -> Tensor: ...
-    def columns(self, rows: slice, columns: Tensor) -> Tensor: ...
-    def start(self, wanted: Sequence[bool]) -> None: ...
-    def pull(self, rows: slice, gradient: Tensor) -> None: ...
-    def gradients(self) -> list[Tensor | None]: ...
+    def logits(self, rows: slice) -> Tensor:
+        """(n, V)"""
+        raise NotImplementedError
+
+    def columns(self, rows: slice, columns: Tensor) -> Tensor:
+        """(n, C), the logits at some columns."""
+        raise NotImplementedError
+
+    def start(self, wanted: Sequence[bool]) -> None:
+        """Make room for the gradients of those of ``tensors`` that want one."""
+        raise NotImplementedError
+
+    def pull(self, rows: slice, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def mix(self, rows: slice, exp: Tensor, scale: Tensor) -> None:
+        """Keep p @ weight of a chunk, p = exp * scale[:, None]."""
+        raise NotImplementedError
+
+    def pull_mixed(
+        self, rows: slice, slope: Tensor, columns: list[tuple[Tensor, Tensor]], mean: Tensor | None
+    ) -> None:
+        """The gradient of the logits is slope * p, plus values at columns, plus mean / V everywhere.
+
+        ``columns`` has pairs of (C,) columns and (n, C) values, or of (n,) columns and (n,) values, one a row.
+        """
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor | None]:
+        """One for each of ``tensors``."""
+        raise NotImplementedError
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,7 +57,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class TensorSource:
+class TensorSource(LogitSource):
     """Rows ``index`` of a tensor of logits (..., V)."""
 
     def __init__(self, logits: Tensor, index: Tensor) -> None:
@@ -55,3 +81,191 @@ class TensorSource:
 
     def gradients(self) -> list[Tensor | None]:
         return [self.grad.view(self.tensors[0].shape)]
+
+
+class HeadSource(LogitSource):
+    """Logits of hidden states (..., H) under a head; only a chunk of them exists at a time.
+
+    The logits are ``affine(hidden)``, times ``scale``, then bounded by ``softcap * tanh(logits / softcap)``.
+    Subclasses give the affine part.
+    """
+
+    def __init__(self, hidden_states: Tensor, index: Tensor, scale: float, softcap: float | None) -> None:
+        self.hidden = hidden_states.detach().reshape(-1, hidden_states.shape[-1])[index]
+        self.index = index
+        self.scale, self.softcap = scale, softcap
+        self._slope: Tensor | None = None
+
+    def logits(self, rows: slice) -> Tensor:
+        logits = self._process(self._affine(rows))
+        if self.softcap is not None:  # what the gradient of this chunk is multiplied by on its way back
+            self._slope = 1 - (logits / self.softcap) ** 2
+        return logits
+
+    def _affine(self, rows: slice) -> Tensor:
+        raise NotImplementedError
+
+    def _process(self, logits: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def start(self, wanted: Sequence[bool]) -> None:
+        self.wanted = wanted
+        self.grads = [torch.zeros_like(t, dtype=self._grad_dtype(t)) if w else None for t, w in zip(
+            self.tensors, wanted, strict=True)]
+        if self.grads[0] is not None:
+            self.hidden_grad = self.grads[0].view(-1, self.hidden.shape[-1])
+
+    def _grad_dtype(self, tensor: Tensor) -> torch.dtype:
+        """Gradients of weights are summed over chunks, so in float32 at least; each hidden state gets one."""
+        return tensor.dtype if tensor is self.tensors[0] else self.dtype
+
+    def pull(self, rows: slice, gradient: Tensor) -> None:
+        if self._slope is not None:
+            gradient *= self._slope
+        if self.scale != 1:
+            gradient *= self.scale
+        self._pull_affine(rows, gradient)
+
+    def _pull_affine(self, rows: slice, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor | None]:
+        return [None if g is None else g.to(t.dtype) for g, t in zip(self.grads, self.tensors, strict=True)]
+
+
+class LinearSource(HeadSource):
+    """A head of a weight (V, H) and perhaps a bias (V,): ``hidden @ weight.T + bias``.
+
+    Matrix products run in ``compute_dtype``, that of the hidden states unless given (autocast).
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_states, index, scale, softcap)
+        compute_dtype = compute_dtype or hidden_states.dtype
+        self.tensors = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
+        self.hidden = self.hidden.to(compute_dtype)
+        self.weight = weight.detach().to(compute_dtype)
+        self.bias = None if bias is None else bias.detach()
+        self.vocab_size = len(weight)
+        self.dtype = statistics_dtype(compute_dtype)
+        self._buffer: Tensor | None = None
+
+    def _affine(self, rows: slice) -> Tensor:
+        hidden = self.hidden[rows]
+        if self.hidden.dtype == self.dtype:
+            # One buffer for all chunks: fresh memory costs more than the arithmetic on it.
+            if self._buffer is None or len(self._buffer) < len(hidden):
+                self._buffer = hidden.new_empty(len(hidden), self.vocab_size)
+            logits = torch.mm(hidden, self.weight.T, out=self._buffer[: len(hidden)])
+        else:
+            logits = (hidden @ self.weight.T).to(self.dtype)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def columns(self, rows: slice, columns: Tensor) -> Tensor:
+        logits = (self.hidden[rows] @ self.weight[columns].T).to(self.dtype)
+        return self._process(logits if self.bias is None else logits.add_(self.bias[columns]))
+
+    def _pull_affine(self, rows: slice, gradient: Tensor) -> None:
+        if self.bias is not None and (bias_grad := self.grads[2]) is not None:
+            bias_grad += gradient.sum(0)
+        gradient = gradient.to(self.hidden.dtype)
+        if self.wanted[0]:
+            self.hidden_grad[self.index[rows]] = (gradient @ self.weight).to(self.hidden_grad.dtype)
+        if (weight_grad := self.grads[1]) is not None:
+            if gradient.dtype == weight_grad.dtype:
+                weight_grad.addmm_(gradient.T, self.hidden[rows])
+            else:
+                weight_grad += gradient.T @ self.hidden[rows]
+
+
+    def start(self, wanted: Sequence[bool]) -> None:
+        super().start(wanted)
+        self.mixes = wanted[0] and not any(wanted[1:]) and self.softcap is None
+        if self.mixes:
+            self._mixture = torch.empty_like(self.hidden, dtype=self.dtype)
+
+    def mix(self, rows: slice, exp: Tensor, scale: Tensor) -> None:
+        self._mixture[rows] = (exp.to(self.weight.dtype) @ self.weight).to(self.dtype).mul_(scale[:, None])
+
+    def pull_mixed(
+        self, rows: slice, slope: Tensor, columns: list[tuple[Tensor, Tensor]], mean: Tensor | None
+    ) -> None:
+        gradient = self._mixture[rows].mul_(slope[:, None])
+        for index, values in columns:
+            if values.dim() == 1:
+                gradient += self.weight[index].to(self.dtype).mul_(values[:, None])
+            else:
+                gradient += (values.to(self.weight.dtype) @ self.weight[index]).to(self.dtype)
+        if mean is not None:
+            gradient += mean[:, None] * self.weight.mean(0, dtype=self.dtype)
+        self.hidden_grad[self.index[rows]] = gradient.mul_(self.scale).to(self.hidden_grad.dtype)
+
+
+class ModuleSource(HeadSource):
+    """A head that is called: LoRA on the head, ``modules_to_save``, quantised heads.
+
+    Args:
+        head: Called with (n, H), gives (n, V).
+        parameters: Those of its parameters that train.
+        random: The head draws random numbers (dropout), so each chunk must draw the same at every visit.
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        head: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        index: Tensor,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        random: bool = False,
+    ) -> None:
+        super().__init__(hidden_states, index, scale, softcap)
+        self.head = head
+        self.tensors = (hidden_states, *parameters)
+        self.wanted = [False] * len(self.tensors)
+        with torch.no_grad(), torch.random.fork_rng():
+            probe = head(hidden_states.detach().flatten(0, -2)[:1])
+        self.vocab_size = probe.shape[-1]
+        self.dtype = statistics_dtype(probe.dtype)
+        self._seeds: dict[int, int] | None = {} if random else None
+
+    def _affine(self, rows: slice) -> Tensor:
+        leaf = self.hidden[rows].requires_grad_(self.wanted[0])
+        with torch.set_grad_enabled(any(self.wanted)):
+            if self._seeds is None:
+                logits = self.head(leaf)
+            else:
+                seed = self._seeds.setdefault(rows.start, int(torch.randint(2**31, ())))
+                devices = [leaf.device] if leaf.is_cuda else []
+                with torch.random.fork_rng(devices):
+                    torch.manual_seed(seed)
+                    logits = self.head(leaf)
+        self._graph = leaf, logits
+        return logits.detach().to(self.dtype, copy=True)
+
+    def columns(self, rows: slice, columns: Tensor) -> Tensor:
+        return self.logits(rows)[:, columns]
+
+    def _pull_affine(self, rows: slice, gradient: Tensor) -> None:
+        wanted = [i for i, w in enumerate(self.wanted) if w]
+        leaf, logits = self._graph
+        inputs = [leaf if i == 0 else self.tensors[i] for i in wanted]
+        for i, grad in zip(wanted, torch.autograd.grad(logits, inputs, gradient.to(logits.dtype)), strict=True):
+            if i == 0:
+                self.hidden_grad[self.index[rows]] = grad.to(self.hidden_grad.dtype)
+            else:
+                self.grads[i] += grad  # type: ignore[operator]

@@ -60,7 +60,7 @@ class CVLossArgs(BaseModel):
         return data
 
 
-class CVLossPlugin(BasePlugin):  # type: ignore[misc]
+class CVLossPlugin(BasePlugin):
     """Train with the losses of the ``cv_loss`` key. Without the key it does nothing."""
 
     def get_input_args(self) -> str:

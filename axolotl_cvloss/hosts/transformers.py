@@ -73,6 +73,13 @@ class ObjectiveTrainer(Trainer):
                 "learning rate or max_grad_norm helps where training diverged."
             )
 
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        self.cv_loss.keep_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self.cv_loss.keep_logits = None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._cv_records[False].clear()
         output = super().evaluation_loop(*args, **kwargs)

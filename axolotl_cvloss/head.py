@@ -1,0 +1,95 @@
+"""A model's head: run something of ours in its place, so that the logits of a batch never exist."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PROBED_ROWS = 4
+
+
+@dataclass
+class Head:
+    """A head module together with the function that runs it, where its own ``forward`` has been replaced."""
+
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+
+
+class HeadTap:
+    """Hands the input of a model's head to a function, during one forward of the model.
+
+    The function runs inside the forward of the head: there its weights are whole, however they are sharded. The
+    model goes on with a stand-in of the logits; where ``probe`` is asked for, with the true logits of a few rows,
+    which show what the model does to them afterwards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._head: Head | None = None
+        self._take: Callable[[Tensor, Head], None] | None = None
+        self._probe = False
+
+    def find(self) -> nn.Module | None:
+        """The head, or None where the model has none that transformers can name."""
+        get = getattr(self.model, "get_output_embeddings", None)
+        return get() if get is not None else None
+
+    def run(self, forward: Callable[[], Any], take: Callable[[Tensor, Head], None], probe: bool) -> Any:
+        """Call ``forward`` with ``take`` in the place of the head."""
+        self._patch()
+        self._take, self._probe = take, probe
+        try:
+            return forward()
+        finally:
+            self._take = None
+
+    def remove(self) -> None:
+        if self._head is not None:
+            self._head.module.__dict__.pop("forward", None)
+            if self._saved is not None:
+                self._head.module.__dict__["forward"] = self._saved
+            self._head = None
+
+    def _patch(self) -> None:
+        module = self.find()
+        assert module is not None
+        if self._head is not None and self._head.module is module:
+            return
+        self.remove()  # peft has put another head in its place
+        self._saved = module.__dict__.get("forward")
+        head = self._head = Head(module, module.forward)
+
+        @torch.compiler.disable
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._take is None:
+                return head.forward(hidden_states, *args, **kwargs)
+            self._take(hidden_states, head)
+            if self._probe:
+                with torch.no_grad():
+                    return head.forward(probed(hidden_states))
+            return hidden_states.detach()[..., :1]
+
+        module.forward = forward
+
+
+def probed(hidden_states: Tensor) -> Tensor:
+    """A few rows, (1, n, H)."""
+    return hidden_states.detach()[:1, :PROBED_ROWS]
+
+
+def postprocessing(config: Any) -> dict[str, float | None]:
+    """What a model's config says it does to its logits: ``scale`` and ``softcap``, as ``from_hidden`` takes them."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        scale *= getattr(text, name, None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
+    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}  # Gemma 2 and later
+
+
+def processed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = logits.float() * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
