@@ -134,8 +134,8 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
     name = given.get("loss")
     if not isinstance(name, str) or name not in losses:
         what = "names no loss" if name is None else f"unknown loss {_show(name)}"
-        also = [field for field in CVLossConfig.model_fields if where == f"{KEY}.{name}"]
-        hint = nearest(_show(name), [*losses, *also])
+        also = [field for field in CVLossConfig.model_fields if where == f"{KEY}.{_word(name)}"]
+        hint = nearest(_word(name), [*losses, *also])
         problems.append(f"{where}: {what}; {hint}allowed: {', '.join(losses)}")
         return None
     loss = losses[name]
@@ -220,7 +220,7 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
 
 
 _brief = reprlib.Repr()
-_brief.maxlevel = 3
+_brief.maxlevel, _brief.maxstring, _brief.maxother = 3, 60, 60
 
 
 def _show(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .entries import Entries, sorted_errors
 from .sets import Sets
 
 
@@ -47,17 +48,6 @@ class Term:
         return self.loss.function(**chosen, **self.parameters)
 
 
-@dataclass
-class Entries:
-    """Errors of rows at classes that are not theirs, for a ranking term: the few that matter, chunk after chunk."""
-
-    values: Tensor  # (M,) p_i[c]
-    pairs: Tensor  # (M,) the pair (set of i, c)
-    rows: Tensor  # (M,) i within its chunk
-    columns: Tensor  # (M,) c within the columns of the chunk's window
-    chunks: list[slice]  # of M, one a chunk
-
-
 def row_values(term: Term, mask: Tensor, **statistics: Tensor) -> Tensor:
     """The values of a token or row term on the rows of its scope, and 0 on others, (N,)."""
     values = term(**statistics)
@@ -76,7 +66,7 @@ def set_values(term: Term, sets: Sets, logp: Tensor, predicted: Tensor | None, e
     labelled = sets.labelled.to(logp.dtype)
     if term.loss.family == "ranking":
         assert entries is not None
-        return sets.mean_over_classes(term(labelled=labelled, **_sorted_errors(sets, logp, entries)))
+        return sets.mean_over_classes(term(labelled=labelled, **sorted_errors(sets, logp, entries)))
     assert predicted is not None
     statistics = (sets.intersection(logp), predicted, labelled)
     values = []
@@ -89,13 +79,3 @@ def set_values(term: Term, sets: Sets, logp: Tensor, predicted: Tensor | None, e
             )
         values.append(value.mean())
     return torch.stack(values)
-
-
-def _sorted_errors(sets: Sets, logp: Tensor, entries: Entries) -> dict[str, Tensor]:
-    """All errors that matter, by pair and from large to small."""
-    own = -logp[sets.members].expm1()
-    errors = torch.cat([own, entries.values])
-    segment = torch.cat([sets.row_pair, entries.pairs])
-    order = errors.detach().argsort(descending=True)
-    order = order[segment[order].argsort(stable=True)]
-    return {"errors": errors[order], "segment": segment[order], "foreground": order < len(own)}

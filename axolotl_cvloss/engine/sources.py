@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .gradient import LogitGradient
+
 
 class LogitSource:
     """N rows of V logits, a chunk at a time.
@@ -17,7 +19,7 @@ class LogitSource:
     tensors: Sequence[Tensor]
     vocab_size: int
     dtype: torch.dtype
-    mixes = False  # after start: whether mix and pull_mixed can stand for pull
+    mixes = False  # after start: gradients without p may come in, for chunks whose p was given to ``mix``
 
     def logits(self, rows: slice) -> Tensor:
         """(n, V)"""
@@ -31,20 +33,11 @@ class LogitSource:
         """Make room for the gradients of those of ``tensors`` that want one."""
         raise NotImplementedError
 
-    def pull(self, rows: slice, gradient: Tensor) -> None:
+    def mix(self, rows: slice, p: Tensor) -> None:
+        """Keep p @ weight of a chunk."""
         raise NotImplementedError
 
-    def mix(self, rows: slice, exp: Tensor, scale: Tensor) -> None:
-        """Keep p @ weight of a chunk, p = exp * scale[:, None]."""
-        raise NotImplementedError
-
-    def pull_mixed(
-        self, rows: slice, slope: Tensor, columns: list[tuple[Tensor, Tensor]], mean: Tensor | None
-    ) -> None:
-        """The gradient of the logits is slope * p, plus values at columns, plus mean / V everywhere.
-
-        ``columns`` has pairs of (C,) columns and (n, C) values, or of (n,) columns and (n,) values, one a row.
-        """
+    def pull(self, rows: slice, gradient: LogitGradient) -> None:
         raise NotImplementedError
 
     def gradients(self) -> list[Tensor | None]:
@@ -76,8 +69,8 @@ class TensorSource(LogitSource):
     def start(self, wanted: Sequence[bool]) -> None:
         self.grad = torch.zeros_like(self.flat)
 
-    def pull(self, rows: slice, gradient: Tensor) -> None:
-        self.grad[self.index[rows]] = gradient.to(self.grad.dtype)
+    def pull(self, rows: slice, gradient: LogitGradient) -> None:
+        self.grad[self.index[rows]] = gradient.materialize().to(self.grad.dtype)
 
     def gradients(self) -> list[Tensor | None]:
         return [self.grad.view(self.tensors[0].shape)]
@@ -123,14 +116,13 @@ class HeadSource(LogitSource):
         """Gradients of weights are summed over chunks, so in float32 at least; each hidden state gets one."""
         return tensor.dtype if tensor is self.tensors[0] else self.dtype
 
-    def pull(self, rows: slice, gradient: Tensor) -> None:
+    def pull(self, rows: slice, gradient: LogitGradient) -> None:
+        dz = gradient.materialize()
         if self._slope is not None:
-            gradient *= self._slope
-        if self.scale != 1:
-            gradient *= self.scale
-        self._pull_affine(rows, gradient)
+            dz *= self._slope
+        self._pull_affine(rows, dz.mul_(self.scale) if self.scale != 1 else dz)
 
-    def _pull_affine(self, rows: slice, gradient: Tensor) -> None:
+    def _pull_affine(self, rows: slice, dz: Tensor) -> None:
         raise NotImplementedError
 
     def gradients(self) -> list[Tensor | None]:
@@ -178,40 +170,35 @@ class LinearSource(HeadSource):
         logits = (self.hidden[rows] @ self.weight[columns].T).to(self.dtype)
         return self._process(logits if self.bias is None else logits.add_(self.bias[columns]))
 
-    def _pull_affine(self, rows: slice, gradient: Tensor) -> None:
-        if self.bias is not None and (bias_grad := self.grads[2]) is not None:
-            bias_grad += gradient.sum(0)
-        gradient = gradient.to(self.hidden.dtype)
-        if self.wanted[0]:
-            self.hidden_grad[self.index[rows]] = (gradient @ self.weight).to(self.hidden_grad.dtype)
-        if (weight_grad := self.grads[1]) is not None:
-            if gradient.dtype == weight_grad.dtype:
-                weight_grad.addmm_(gradient.T, self.hidden[rows])
-            else:
-                weight_grad += gradient.T @ self.hidden[rows]
-
-
     def start(self, wanted: Sequence[bool]) -> None:
         super().start(wanted)
         self.mixes = wanted[0] and not any(wanted[1:]) and self.softcap is None
         if self.mixes:
             self._mixture = torch.empty_like(self.hidden, dtype=self.dtype)
 
-    def mix(self, rows: slice, exp: Tensor, scale: Tensor) -> None:
-        self._mixture[rows] = (exp.to(self.weight.dtype) @ self.weight).to(self.dtype).mul_(scale[:, None])
+    def mix(self, rows: slice, p: Tensor) -> None:
+        self._mixture[rows] = p.to(self.weight.dtype) @ self.weight
 
-    def pull_mixed(
-        self, rows: slice, slope: Tensor, columns: list[tuple[Tensor, Tensor]], mean: Tensor | None
-    ) -> None:
-        gradient = self._mixture[rows].mul_(slope[:, None])
-        for index, values in columns:
-            if values.dim() == 1:
-                gradient += self.weight[index].to(self.dtype).mul_(values[:, None])
-            else:
-                gradient += (values.to(self.weight.dtype) @ self.weight[index]).to(self.dtype)
-        if mean is not None:
-            gradient += mean[:, None] * self.weight.mean(0, dtype=self.dtype)
-        self.hidden_grad[self.index[rows]] = gradient.mul_(self.scale).to(self.hidden_grad.dtype)
+    def pull(self, rows: slice, gradient: LogitGradient) -> None:
+        if self.softcap is not None or gradient.dense is not None:
+            return super().pull(rows, gradient)
+        gradient = gradient.scaled(self.scale)
+        if self.wanted[0]:
+            mixture = self._mixture[rows] if gradient.p is None else None
+            self.hidden_grad[self.index[rows]] = gradient.times(self.weight, mixture).to(self.hidden_grad.dtype)
+        if (weight_grad := self.grads[1]) is not None:
+            gradient.add_outer(self.hidden[rows], weight_grad)
+        if self.bias is not None and (bias_grad := self.grads[2]) is not None:
+            bias_grad += gradient.sum_rows()
+
+    def _pull_affine(self, rows: slice, dz: Tensor) -> None:
+        if self.bias is not None and (bias_grad := self.grads[2]) is not None:
+            bias_grad += dz.sum(0)
+        dz = dz.to(self.hidden.dtype)
+        if self.wanted[0]:
+            self.hidden_grad[self.index[rows]] = (dz @ self.weight).to(self.hidden_grad.dtype)
+        if (weight_grad := self.grads[1]) is not None:
+            weight_grad += dz.T @ self.hidden[rows]
 
 
 class ModuleSource(HeadSource):
@@ -260,11 +247,11 @@ class ModuleSource(HeadSource):
     def columns(self, rows: slice, columns: Tensor) -> Tensor:
         return self.logits(rows)[:, columns]
 
-    def _pull_affine(self, rows: slice, gradient: Tensor) -> None:
+    def _pull_affine(self, rows: slice, dz: Tensor) -> None:
         wanted = [i for i, w in enumerate(self.wanted) if w]
         leaf, logits = self._graph
         inputs = [leaf if i == 0 else self.tensors[i] for i in wanted]
-        for i, grad in zip(wanted, torch.autograd.grad(logits, inputs, gradient.to(logits.dtype)), strict=True):
+        for i, grad in zip(wanted, torch.autograd.grad(logits, inputs, dz.to(logits.dtype)), strict=True):
             if i == 0:
                 self.hidden_grad[self.index[rows]] = grad.to(self.hidden_grad.dtype)
             else:

@@ -1,0 +1,133 @@
+"""The gradient of a chunk of logits: p times one number a row, and values at a few columns."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .sets import Window
+
+
+@dataclass
+class LogitGradient:
+    """dz = slope * p + own at the target's column + values at columns + mean / V + dense.
+
+    p (n, V) has 0 at the target's column, whose whole gradient is in ``own`` (n,): near p = 1 that is a small
+    difference of large numbers, so it must be formed before any matrix product. p is None where a source has kept
+    p @ weight instead.
+    """
+
+    p: Tensor | None
+    slope: Tensor
+    labels: Tensor
+    own: Tensor
+    columns: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (C,) and (n, C)
+    mean: Tensor | None = None
+    dense: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls,
+        p: Tensor | None,
+        logp: Tensor,
+        labels: Tensor,
+        cotangents: dict[str, Tensor],
+        columns: list[tuple[Window, Tensor]],
+        dense: Tensor | None = None,
+    ) -> "LogitGradient":
+        """From the cotangents a of log p, l of lse, m of the mean logit, and b of p at some columns:
+
+        dz = a (onehot - p) + l p + m / V + p (b - <b, p>); ``columns`` has p b for the columns of windows. p and
+        ``columns`` are overwritten.
+        """
+        slope = cotangents["lse"] - cotangents["logp"]
+        own = cotangents["logp"]
+        for window, weighted in columns:
+            slope = slope - weighted.sum(1)
+            own_column = window.own_column[:, None]
+            own = own + weighted.gather(1, own_column).squeeze(1)
+            weighted.scatter_(1, own_column, 0)
+        if p is not None:
+            p.scatter_(1, labels[:, None], 0)
+        return cls(
+            p,
+            slope,
+            labels,
+            own + logp.exp() * slope,
+            [(window.columns, weighted) for window, weighted in columns],
+            cotangents.get("mean_logit"),
+            dense,
+        )
+
+    def scaled(self, factor: float) -> "LogitGradient":
+        if factor == 1:
+            return self
+        return LogitGradient(
+            self.p,
+            self.slope * factor,
+            self.labels,
+            self.own * factor,
+            [(index, values * factor) for index, values in self.columns],
+            None if self.mean is None else self.mean * factor,
+            None if self.dense is None else self.dense * factor,
+        )
+
+    def materialize(self) -> Tensor:
+        """dz itself, (n, V), in the place of p."""
+        assert self.p is not None
+        gradient = self.p.mul_(self.slope[:, None])
+        for index, values in self.columns:
+            gradient.index_add_(1, index, values)
+        gradient.scatter_add_(1, self.labels[:, None], self.own[:, None])
+        if self.mean is not None:
+            gradient += self.mean[:, None] / gradient.shape[1]
+        if self.dense is not None:
+            gradient += self.dense
+        return gradient
+
+    def times(self, weight: Tensor, mixture: Tensor | None = None) -> Tensor:
+        """dz @ weight, (n, H), for a weight (V, H), without forming dz; ``mixture`` is p @ weight where it is known."""
+        dtype = self.slope.dtype
+        if mixture is None:
+            assert self.p is not None
+            mixture = self.p.to(weight.dtype) @ weight
+        product = mixture.to(dtype).mul_(self.slope[:, None])
+        product += weight[self.labels].to(dtype).mul_(self.own[:, None])
+        for index, values in self.columns:
+            product += values.to(weight.dtype) @ weight[index]
+        if self.mean is not None:
+            product += self.mean[:, None] * weight.mean(0, dtype=dtype)
+        return product
+
+    def add_outer(self, hidden: Tensor, total: Tensor) -> None:
+        """Add dz.T @ hidden to a total (V, H), without forming dz."""
+        assert self.p is not None
+        sloped = hidden * self.slope[:, None].to(hidden.dtype)
+        if hidden.dtype == total.dtype:
+            total.addmm_(self.p.T, sloped)
+        else:
+            total += self.p.to(hidden.dtype).T @ sloped
+        hidden = hidden.to(total.dtype)
+        total.index_add_(0, self.labels, hidden * self.own[:, None])
+        for index, values in self.columns:
+            total.index_add_(0, index, values.T @ hidden)
+        if self.mean is not None:
+            total += (self.mean @ hidden) / len(total)
+
+    def sum_rows(self) -> Tensor:
+        """dz summed over the rows, (V,)."""
+        assert self.p is not None
+        total = self.slope @ self.p
+        total.index_add_(0, self.labels, self.own)
+        for index, values in self.columns:
+            total.index_add_(0, index, values.sum(0))
+        if self.mean is not None:
+            total += self.mean.sum() / len(total)
+        return total
+
+
+def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p in the place of the logits (n, V), and lse (n,)."""
+    largest, where = logits.max(1)
+    p = torch.softmax(logits, 1, out=logits)
+    return p, largest - p.gather(1, where[:, None]).squeeze(1).log()
