@@ -1,0 +1,248 @@
+"""Heads: the objective of hidden states equals that of the logits they make, values and gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from axolotl_cvloss import Objective, available_losses
+from axolotl_cvloss.engine import compute
+
+V, H, B, T = 37, 8, 2, 19
+
+OBJECTIVES = {
+    **{name: name for name in available_losses()},
+    "smoothed": {"cross_entropy": {"weight": 1.0, "label_smoothing": 0.2}},
+    "mix": {"cross_entropy": 0.6, "lovasz": 0.4},
+    "everything": {
+        "terms": [
+            {"loss": "cross_entropy", "weight": 0.6, "scope": "sequence", "label_smoothing": 0.1},
+            {"loss": "focal", "gamma": 1.5},
+            {"loss": "lovasz", "weight": 0.4},
+            {"loss": "lovasz", "weight": 0.3, "per": "batch", "tolerance": 0.01},
+            {"loss": "generalized_dice", "weight": 0.2},
+        ]
+    },
+}
+WANTED = {"all": (1, 1, 1), "frozen": (1, 0, 0), "head": (0, 1, 1), "weight": (0, 1, 0)}
+CHUNKS = (1, 7, 33, 1000)
+
+
+@pytest.fixture(params=CHUNKS, ids=lambda n: f"chunk{n}")
+def chunk(request, monkeypatch):
+    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", request.param * V * 8)
+    return request.param
+
+
+def batch(seed=0, trained=slice(5, None)):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.full((B, T), -100)
+    labels[:, trained] = torch.randint(0, V, (B, T), generator=generator)[:, trained]
+    input_ids = labels.clamp_min(3)
+    position_ids = torch.cat([torch.arange(11), torch.arange(T - 11)]).expand(B, T)
+    return {"labels": labels, "input_ids": input_ids, "position_ids": position_ids}
+
+
+def tensors(dtype=torch.float64, seed=1, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        size * torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in ((B, T, H), (V, H), (V,))
+    ]
+
+
+def expected(objective, rows, hidden, weight, bias, scale, softcap, wanted):
+    leaves = [t.clone().requires_grad_(w) for t, w in zip((hidden, weight, bias), wanted, strict=True)]
+    logits = (leaves[0] @ leaves[1].T + leaves[2]) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    result = objective.from_logits(logits, **rows)
+    grads = torch.autograd.grad(result.loss, [leaf for leaf, w in zip(leaves, wanted, strict=True) if w])
+    return result, grads
+
+
+def linear(weight, bias, wanted):
+    head = nn.Linear(H, V, dtype=weight.dtype)
+    head.weight = nn.Parameter(weight.clone(), requires_grad=wanted[1])
+    head.bias = nn.Parameter(bias.clone(), requires_grad=wanted[2])
+    return head
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["read", "called"])
+@pytest.mark.parametrize(
+    "wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 1, 0)], ids=["all", "frozen", "head", "weight"]
+)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_head_equals_its_logits(name, scale, softcap, wanted, called, chunk):
+    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    hidden, weight, bias = tensors()
+    wanted = [bool(w) for w in wanted]
+    result, grads = expected(objective, rows, hidden, weight, bias, scale, softcap, wanted)
+
+    head = linear(weight, bias, wanted)
+    leaf = hidden.clone().requires_grad_(wanted[0])
+    found = objective.from_hidden(leaf, nn.Sequential(head) if called else head, **rows, scale=scale, softcap=softcap)
+    leaves = [t for t in (leaf, head.weight, head.bias) if t.requires_grad]
+    torch.testing.assert_close(found.loss, result.loss, rtol=1e-9, atol=1e-12)
+    assert found.terms.keys() == result.terms.keys()
+    for term, value in found.terms.items():
+        torch.testing.assert_close(value, result.terms[term], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.nll, result.nll)
+    for grad, right in zip(torch.autograd.grad(found.loss, leaves), grads, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-9, atol=1e-12)
+
+
+def test_a_weight_alone_is_a_head():
+    objective, rows = Objective.from_config(OBJECTIVES["mix"]), batch()
+    hidden, weight, bias = tensors()
+    result, _ = expected(objective, rows, hidden, weight, 0 * bias, 1.0, None, (True, True, False))
+    torch.testing.assert_close(objective.from_hidden(hidden, weight, **rows).loss, result.loss)
+
+
+@pytest.mark.parametrize("trained", [slice(0, 0), slice(8, 9)], ids=["none", "one"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_trained_row_and_one(name, trained):
+    objective, rows = Objective.from_config(OBJECTIVES[name]), batch(trained=trained)
+    hidden, weight, bias = tensors()
+    result, grads = expected(objective, rows, hidden, weight, bias, 1.0, None, (True, True, True))
+    head, leaf = linear(weight, bias, (True, True, True)), hidden.clone().requires_grad_()
+    found = objective.from_hidden(leaf, head, **rows)
+    found.loss.backward()
+    assert found.loss.isfinite()
+    torch.testing.assert_close(found.loss, result.loss)
+    for grad, right in zip((leaf.grad, head.weight.grad, head.bias.grad), grads, strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+@pytest.mark.parametrize("size", [0.0, 30.0, 1e4], ids=["uniform", "saturated", "extreme"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_extreme_models(name, size, frozen):
+    """Uniform probabilities, p = 1 to rounding, and logits of 1e4: finite, and as accurate as full logits."""
+    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    hidden, weight, bias = (t.float() for t in tensors(size=size**0.5))
+    wanted = (True, not frozen, False)
+    right, right_grads = expected(objective, rows, *(t.double() for t in (hidden, weight, bias)), 1.0, None, wanted)
+    _, plain_grads = expected(objective, rows, hidden, weight, bias, 1.0, None, wanted)
+    leaf, head = hidden.clone().requires_grad_(), linear(weight, bias, wanted)
+    found = objective.from_hidden(leaf, head, **rows)
+    torch.testing.assert_close(found.loss.double(), right.loss.double(), rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(found.loss, [t for t in (leaf, head.weight) if t.requires_grad])
+    for grad, plain, exact in zip(grads, plain_grads, right_grads, strict=True):
+        assert grad.isfinite().all()
+        lost = (plain.double() - exact).abs().max()
+        assert (grad.double() - exact).abs().max() <= 3 * lost + 1e-5 * exact.abs().max() + 1e-9
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatch):
+    """Against float64, a fused head loses no more than full logits of the same dtype do."""
+    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", 5 * V * 4)
+    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    hidden, weight, bias = tensors(dtype)
+    wanted = (True, not frozen, False)
+    right, right_grads = expected(objective, rows, *(t.double() for t in (hidden, weight, bias)), 1.0, None, wanted)
+    plain, plain_grads = expected(objective, rows, hidden, weight, bias, 1.0, None, wanted)
+    leaf, head = hidden.clone().requires_grad_(), linear(weight, bias, wanted)
+    found = objective.from_hidden(leaf, head, **rows)
+    grads = torch.autograd.grad(found.loss, [t for t in (leaf, head.weight) if t.requires_grad])
+    epsilon = torch.finfo(dtype).eps
+    assert found.loss.dtype == torch.float32
+    assert (found.loss - right.loss).abs() <= 2 * (plain.loss - right.loss).abs() + epsilon * right.loss.abs()
+    for grad, low, exact in zip(grads, plain_grads, right_grads, strict=True):
+        assert grad.dtype == dtype
+        lost = (low.double() - exact).norm()
+        assert (grad.double() - exact).norm() <= 1.5 * lost + epsilon * exact.norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_confident_rows_keep_a_precise_gradient(frozen):
+    """Near p = 1 the gradient is a small difference of large numbers; it must not be lost in the products."""
+    torch.manual_seed(0)
+    weight = torch.randn(V, H)
+    labels = torch.arange(V)
+    hidden = 3.0 * weight / weight.norm(dim=1, keepdim=True) ** 2 * 5
+    objective = Objective.from_config("cross_entropy")
+    exact, found, plain = (
+        hidden.to(t, copy=True).requires_grad_() for t in (torch.float64, torch.float32, torch.float32)
+    )
+    nn.functional.cross_entropy(exact @ weight.double().T, labels).backward()
+    nn.functional.cross_entropy(plain @ weight.T, labels).backward()
+    head = weight.clone().requires_grad_(not frozen)
+    objective.from_hidden(found, head, labels, shift=False).loss.backward()
+    error, lost = (((g.grad - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)) for g in (found, plain))
+    assert error.max() <= 4 * lost.max()  # one rounding more: lse comes from the largest p
+    assert lost.max() < 0.1
+
+
+class DroppingHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(H, V, dtype=torch.float64)
+
+    def forward(self, hidden_states):
+        return self.linear(self.dropout(hidden_states))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mix", "generalized_dice"])
+def test_a_head_that_draws_random_numbers_draws_the_same_at_every_visit(name, chunk):
+    """Its gradient is that of the value it gave: differences of the loss under the same seed agree with it."""
+    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    hidden, _, _ = tensors()
+    head = DroppingHead()
+
+    def loss(hidden):
+        torch.manual_seed(7)
+        return objective.from_hidden(hidden, head, **rows).loss
+
+    leaf = hidden.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    direction = torch.randn_like(hidden)
+    with torch.no_grad():
+        slope = (loss(hidden + 1e-6 * direction) - loss(hidden - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-8)
+
+
+def test_the_random_state_goes_on_as_if_the_head_had_been_called():
+    torch.manual_seed(0)
+    Objective.from_config(OBJECTIVES["mix"]).from_hidden(tensors()[0], DroppingHead().eval(), **batch())
+    after = torch.rand(())
+    torch.manual_seed(0)
+    DroppingHead()
+    assert after == torch.rand(())
+
+
+def test_autocast_runs_the_products_in_its_dtype():
+    objective, rows = Objective.from_config(OBJECTIVES["mix"]), batch()
+    hidden, weight, _ = (t.float().requires_grad_() for t in tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = objective.from_hidden(hidden, weight, **rows).loss
+    low.backward()
+    full = objective.from_hidden(hidden.detach(), weight.detach(), **rows).loss
+    exact = objective.from_hidden(hidden.detach().bfloat16(), weight.detach().bfloat16(), **rows).loss
+    assert low == exact
+    assert low != full
+    assert weight.grad.dtype == torch.float32
+
+
+def test_called_twice_backward_is_an_error():
+    objective, rows = Objective.from_config("lovasz"), batch()
+    hidden, weight, _ = (t.requires_grad_() for t in tensors())
+    loss = objective.from_hidden(hidden, weight, **rows).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="called twice"):
+        loss.backward()
+    loss = objective.from_hidden(hidden, weight, **rows).loss
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+def test_wrong_shapes_and_reference_are_refused():
+    hidden, weight, _ = tensors()
+    with pytest.raises(ValueError, match=r"hidden_states \(2, 19, 8\) and labels \(2, 18\) do not fit"):
+        Objective.from_config("lovasz").from_hidden(hidden, weight, batch()["labels"][:, 1:])
+    with pytest.raises(ValueError, match="from_logits"):
+        Objective.from_config({"lovasz": 1, "reference": True}).from_hidden(hidden, weight, **batch())
