@@ -102,8 +102,9 @@ def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
     if "terms" in value:
         terms = value.pop("terms")
         if not isinstance(terms, list | tuple):
-            problems.append(f"{KEY}.terms: must be a list of terms such as {{loss: lovasz, weight: 0.4}}, "
-                            f"not {_show(terms)}")
+            problems.append(
+                f"{KEY}.terms: must be a list of terms such as {{loss: lovasz, weight: 0.4}}, not {_show(terms)}"
+            )
             terms = []
         elif not terms:
             problems.append(f"{KEY}.terms: is empty; give at least one term such as {{loss: lovasz}}")
@@ -114,7 +115,9 @@ def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
     for name, given in value.items():
         where = f"{KEY}.{_word(name)}"
         if not isinstance(name, str):
-            problems.append(f"{where}: {_show(name)} is not the name of a loss; allowed: {', '.join(available_losses())}")
+            problems.append(
+                f"{where}: {_show(name)} is not the name of a loss; allowed: {', '.join(available_losses())}"
+            )
         elif isinstance(given, Mapping):
             if "loss" in given:
                 problems.append(f"{where}.loss: the loss is named by the key already; leave it out")

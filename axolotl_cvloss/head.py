@@ -1,21 +1,14 @@
 """A model's head: run something of ours in its place, so that the logits of a batch never exist."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .engine.sources import Head
+
 PROBED_ROWS = 4
-
-
-@dataclass
-class Head:
-    """A head module together with the function that runs it, where its own ``forward`` has been replaced."""
-
-    module: nn.Module
-    forward: Callable[[Tensor], Tensor]
 
 
 class HeadTap:
@@ -38,41 +31,29 @@ class HeadTap:
         return get() if get is not None else None
 
     def run(self, forward: Callable[[], Any], take: Callable[[Tensor, Head], None], probe: bool) -> Any:
-        """Call ``forward`` with ``take`` in the place of the head."""
-        self._patch()
-        self._take, self._probe = take, probe
+        """Call ``forward`` with ``take`` in the place of the head. Afterwards the head is as it was before."""
+        module = self.find()
+        assert module is not None
+        own = module.__dict__
+        saved = own.get("forward")
+        self._head, self._take, self._probe = Head(module, module.forward), take, probe
+        own["forward"] = torch.compiler.disable(self._forward)  # not at import: it loads the compiler
         try:
             return forward()
         finally:
-            self._take = None
+            del own["forward"]
+            if saved is not None:
+                own["forward"] = saved
+            self._head = self._take = None
 
-    def remove(self) -> None:
-        if self._head is not None:
-            self._head.module.__dict__.pop("forward", None)
-            if self._saved is not None:
-                self._head.module.__dict__["forward"] = self._saved
-            self._head = None
-
-    def _patch(self) -> None:
-        module = self.find()
-        assert module is not None
-        if self._head is not None and self._head.module is module:
-            return
-        self.remove()  # peft has put another head in its place
-        self._saved = module.__dict__.get("forward")
-        head = self._head = Head(module, module.forward)
-
-        @torch.compiler.disable
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._take is None:
-                return head.forward(hidden_states, *args, **kwargs)
-            self._take(hidden_states, head)
-            if self._probe:
-                with torch.no_grad():
-                    return head.forward(probed(hidden_states))
-            return hidden_states.detach()[..., :1]
-
-        module.forward = forward
+    def _forward(self, hidden_states: Tensor) -> Tensor:
+        assert self._head is not None
+        assert self._take is not None
+        self._take(hidden_states, self._head)
+        if self._probe:
+            with torch.no_grad():
+                return self._head.forward(probed(hidden_states))
+        return hidden_states.detach()[..., :1]
 
 
 def probed(hidden_states: Tensor) -> Tensor:

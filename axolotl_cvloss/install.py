@@ -5,6 +5,7 @@ place that works for every way of training. Wrappers that come later (peft, DDP,
 end up calling the patched forward.
 """
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .head import Head, HeadTap, postprocessing, probed, processed
+from .engine.sources import Head
+from .head import HeadTap, postprocessing, probed, processed
 from .objective import Objective, ObjectiveResult
 
 logger = logging.getLogger(__name__)
@@ -42,27 +44,46 @@ class Installation:
         self._fusable: bool | None = None  # not known before the first batch
         self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}
         self._saved = {name: model.__dict__.get(name) for name in ("forward", "accepts_loss_kwargs")}
-        original = model.forward
-        signature = inspect.signature(original)
+        signature = inspect.signature(model.forward)
         names = list(signature.parameters)
 
         @partial(torch.compiler.disable, recursive=False)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            kwargs.update(zip(names, args, strict=False))
-            if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            installed = module.__dict__[_ATTRIBUTE]  # not self: the module may be a copy of the model
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            if named.get("labels") is None and named.get("shift_labels") is None:
                 kwargs.pop("num_items_in_batch", None)
-                return original(**kwargs)
-            return self._forward(original, **kwargs)
+                return installed.original(*args, **kwargs)
+            return installed._forward(**named)
 
         # Trainer reads from the signature which columns of the dataset the model takes.
         itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
-        forward.__doc__ = original.__doc__
+        forward.__doc__ = model.forward.__doc__
         model.forward = MethodType(forward, model)
         model.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer then passes num_items_in_batch
 
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        return self._saved["forward"] or MethodType(type(self.model).forward, self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Installation":
+        """For a copy of the model. It belongs to no trainer."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.objective)] = self.objective
+        state = {**self.__dict__, "listeners": [], "counts": {}}
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "cv_loss: a model with an objective cannot be pickled; call uninstall(model) before. state_dict and "
+            "save_pretrained work with it"
+        )
+
     def remove(self) -> None:
-        self._tap.remove()
         for name, value in self._saved.items():
             self.model.__dict__.pop(name, None)
             if value is not None:
@@ -71,7 +92,6 @@ class Installation:
 
     def _forward(
         self,
-        original: Callable[..., Any],
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
@@ -79,7 +99,7 @@ class Installation:
         **inputs: Any,
     ) -> Any:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
-        run = partial(original, **inputs, return_dict=True)
+        run = partial(self.original, **inputs, return_dict=True)
         counts = None if num_items_in_batch is None else {**self.counts, "completion": num_items_in_batch}
         given: dict[str, Any] = {
             "labels": labels if shift_labels is None else shift_labels,
@@ -90,17 +110,25 @@ class Installation:
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
-            result = _from_logits(self.objective, outputs.logits, given)
+            result = torch.compiler.disable(self.objective.from_logits)(outputs.logits, **given)
         else:
             outputs, result = both
         loss = result.loss
         if (aux_loss := outputs.get("aux_loss")) is not None:  # load balancing of a mixture of experts
-            config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
+            loss = loss + self._aux_coefficient() * aux_loss.to(loss.device)
         for listener in self.listeners:
             listener(result)
         outputs = type(outputs)(**{**outputs, "loss": loss})
         return outputs.to_tuple() if return_dict is False else outputs
+
+    def _aux_coefficient(self) -> float:
+        """What the model itself multiplies its auxiliary loss with."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        found = [getattr(owner, name) for owner in (self.model, config) for name in names if hasattr(owner, name)]
+        if not found:
+            raise ValueError(f"cv_loss: {type(self.model).__name__} has an aux_loss, but no {' or '.join(names)}")
+        return found[0]
 
     def _wants_fused(self) -> bool:
         keep_logits = not self.model.training if self.keep_logits is None else self.keep_logits
@@ -119,7 +147,6 @@ class Installation:
         expected: list[Tensor] = []
         probe = self._fusable is None
 
-        @torch.compiler.disable
         def take(hidden_states: Tensor, head: Head) -> None:
             results.append(self.objective.from_hidden(hidden_states, head, **given, **self._postprocessing))
             if probe:
@@ -155,11 +182,6 @@ class Installation:
             "This takes more memory; `head: logits` silences this warning"
         )
         return None
-
-
-@torch.compiler.disable
-def _from_logits(objective: Objective, logits: Tensor, given: dict[str, Any]) -> ObjectiveResult:
-    return objective.from_logits(logits, **given)
 
 
 def install(model: nn.Module, objective: Objective) -> nn.Module:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from .config import CVLossConfig
 from .engine.compute import Outcome, compute
 from .engine.evaluate import Term
-from .engine.sources import LinearSource, LogitSource, ModuleSource, TensorSource
-from .head import Head
+from .engine.sources import Head, LinearSource, LogitSource, ModuleSource, TensorSource
 from .registry import available_losses
 from .rows import IGNORE_INDEX, Rows, aligned_labels, select_rows
 
@@ -190,7 +189,7 @@ class Objective:
         _check_labels(rows.labels, logits.shape[-1])
         counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
         denominators = _denominators(counts, num_items_in_batch)
-        logits = logits.view(-1, *logits.shape[-2:]) if logits.dim() > 2 else logits[None]
+        logits = logits if logits.dim() == 3 else logits[None]
         if logits.dtype != torch.float64:
             logits = logits.float()
         aligned = aligned_labels(labels, shift)
@@ -233,9 +232,7 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
         )
 
 
-def _denominators(
-    counts: dict[str, int], num_items_in_batch: Count | Mapping[str, Count]
-) -> dict[str, Tensor | float]:
+def _denominators(counts: dict[str, int], num_items_in_batch: Count | Mapping[str, Count]) -> dict[str, Tensor | float]:
     """What the sum over the rows of each scope is divided by.
 
     Where only the trained tokens of the step are known, a micro-batch's mean over another scope counts by its share
@@ -245,7 +242,7 @@ def _denominators(
         return {scope: float(max(1, count)) for scope, count in counts.items()}
     if not isinstance(num_items_in_batch, Mapping):
         num_items_in_batch = {"completion": num_items_in_batch}
-    given = {scope: count for scope, count in num_items_in_batch.items() if count is not None}
+    given = {scope: _at_least_one(count) for scope, count in num_items_in_batch.items() if count is not None}
     share = given.get("completion", 1.0) / max(counts["completion"], 1e-30)
     return {scope: given.get(scope, max(1, count) * share) for scope, count in counts.items()}
 
@@ -269,3 +266,8 @@ def _head_source(
     device = hidden_states.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return LinearSource(hidden_states, weight, bias, index, scale, softcap, compute_dtype)
+
+
+def _at_least_one(count: Tensor | float) -> Tensor | float:
+    """A step whose rows are all masked has a count of 0, and a sum of 0 to divide by it."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)

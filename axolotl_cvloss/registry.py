@@ -91,8 +91,8 @@ def register_loss(
             elsewhere the function gets None for them.
 
     Raises:
-        ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a default
-            is out of the bounds of its annotation.
+        ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a
+            default is out of the bounds of its annotation.
     """
 
     def register(function: Function) -> Function:

@@ -36,33 +36,34 @@ def select_rows(
 ) -> Rows:
     """The rows of a batch that ``scopes`` name.
 
-    The scope ``completion`` has the rows whose label is not -100; ``sequence`` has in addition every row whose next
-    token is not padding, with ``input_ids`` as its label. A row never predicts the first token of another document.
+    The scope ``completion`` has the rows whose label is not -100; ``sequence`` has in addition every row whose
+    next token is not padding, with that token of ``input_ids`` as its label. A row never predicts the first token
+    of another document.
 
     Args:
         labels: (B, T) or (N,), int64; -100 is ignored.
         shift: Row t predicts label t + 1; otherwise labels are aligned with the rows already.
-        position_ids: (B, T); a document begins wherever they do not increase.
+        position_ids: (B, T), or (P, B, T); a document begins where they do not increase in any of the P planes.
         attention_mask: (B, T); 0 is padding. Where documents are numbered 1, 2, ... in it, these are used too.
-        input_ids: (B, T), for the scope ``sequence``.
+        input_ids: (B, T), what the model was given (never shifted), for the scope ``sequence``.
     """
-    labels = torch.atleast_2d(labels)
+    labels = torch.atleast_2d(labels).long()
     if attention_mask is not None:
         attention_mask = torch.atleast_2d(attention_mask)
     documents = _documents(labels, position_ids, attention_mask)
-    targets, completion = labels, labels != IGNORE_INDEX
+    within = torch.zeros_like(labels, dtype=torch.bool)  # the next token is of the same document
+    within[:, :-1] = documents[:, 1:] == documents[:, :-1]
+    targets = labels.roll(-1, dims=1) if shift else labels
+    completion = targets != IGNORE_INDEX
+    if shift:
+        completion &= within
+    sequence = completion
     if "sequence" in scopes:
         if input_ids is None:
             raise ValueError("cv_loss: scope: sequence needs input_ids beside the labels")
-        sequence = completion | _not_padding(labels, documents, position_ids, attention_mask)
-        targets = torch.where(completion, labels, input_ids.view_as(labels))
-    else:
-        sequence = completion
-    if shift:
-        within = torch.zeros_like(completion)
-        within[:, :-1] = documents[:, 1:] == documents[:, :-1]
-        targets, completion, sequence = (x.roll(-1, dims=1) for x in (targets, completion, sequence))
-        completion, sequence = completion & within, sequence & within
+        tokens = _not_padding(labels, documents, position_ids, attention_mask)
+        sequence = completion | (tokens.roll(-1, dims=1) & within)
+        targets = torch.where(completion, targets, input_ids.view_as(labels).roll(-1, dims=1))
     index = sequence.flatten().nonzero().squeeze(1)
     masks = {"completion": completion, "sequence": sequence}
     return Rows(
@@ -75,11 +76,11 @@ def select_rows(
 
 def aligned_labels(labels: Tensor, shift: bool) -> Tensor:
     """Labels (B, T) in line with the rows of logits, as the paper's code has them."""
-    labels = torch.atleast_2d(labels)
+    labels = torch.atleast_2d(labels).long()
     if not shift:
         return labels
     aligned = labels.roll(-1, dims=1)
-    aligned[:, -1] = IGNORE_INDEX
+    aligned[:, -1:] = IGNORE_INDEX
     return aligned
 
 
@@ -88,10 +89,10 @@ def _documents(labels: Tensor, position_ids: Tensor | None, attention_mask: Tens
     starts = torch.zeros_like(labels, dtype=torch.bool)
     starts[:, :1] = True
     if position_ids is not None:
-        if position_ids.dim() == 3:  # text, height and width of multimodal models
-            position_ids = position_ids[0]
-        position_ids = torch.atleast_2d(position_ids).expand_as(labels)
-        starts[:, 1:] |= position_ids[:, 1:] <= position_ids[:, :-1]
+        # Multimodal models have planes for time, height and width; within an image only some of them increase.
+        planes = position_ids if position_ids.dim() == 3 else torch.atleast_2d(position_ids)[None]
+        planes = planes.expand(-1, *labels.shape)
+        starts[:, 1:] |= (planes[:, :, 1:] <= planes[:, :, :-1]).all(0)
     if attention_mask is not None and attention_mask.shape == labels.shape:
         starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
     return starts.flatten().cumsum(0).view_as(labels) - 1
@@ -110,6 +111,6 @@ def _not_padding(
     if position_ids is None:
         return torch.ones_like(labels, dtype=torch.bool)
     # Packed without a mask: the padding at the end is a document of its own, and nothing in it is labelled.
-    labelled = torch.zeros(int(documents[-1, -1]) + 1, dtype=torch.bool, device=labels.device)
+    labelled = torch.zeros(documents.numel(), dtype=torch.bool, device=labels.device)
     labelled[documents[labels != IGNORE_INDEX]] = True
     return labelled[documents]

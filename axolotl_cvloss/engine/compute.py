@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..rows import Rows
 from .entries import Entries, collect_entries
@@ -67,8 +66,9 @@ class _Engine(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True; the gradients below would pass for constants
+            raise RuntimeError("cv_loss objectives have no second derivatives; backward with create_graph=True")
         if ctx.gradients is None:
             raise RuntimeError("backward of a cv_loss objective was called twice; compute the objective anew instead")
         gradients, ctx.gradients = ctx.gradients, None
@@ -215,9 +215,7 @@ class _Pass:
             leaf.requires_grad_(False)
         return dict(zip(named, grads, strict=True))
 
-    def _row_sum(
-        self, terms: Sequence[Term], chunk: slice, statistics: dict[str, Tensor], add: bool = True
-    ) -> Tensor:
+    def _row_sum(self, terms: Sequence[Term], chunk: slice, statistics: dict[str, Tensor], add: bool = True) -> Tensor:
         """The weighted terms of the rows of a chunk; ``add`` them to the sums that are reported."""
         total = self.logp.new_zeros(())
         for term in terms:

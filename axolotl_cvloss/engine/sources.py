@@ -1,9 +1,10 @@
 """Logit sources: where a chunk of logits comes from, and where its gradient goes. Losses never know which."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .gradient import LogitGradient
 
@@ -76,6 +77,14 @@ class TensorSource(LogitSource):
         return [self.grad.view(self.tensors[0].shape)]
 
 
+@dataclass
+class Head:
+    """A head module together with the function that runs it, where its own ``forward`` has been replaced."""
+
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+
+
 class HeadSource(LogitSource):
     """Logits of hidden states (..., H) under a head; only a chunk of them exists at a time.
 
@@ -107,8 +116,10 @@ class HeadSource(LogitSource):
 
     def start(self, wanted: Sequence[bool]) -> None:
         self.wanted = wanted
-        self.grads = [torch.zeros_like(t, dtype=self._grad_dtype(t)) if w else None for t, w in zip(
-            self.tensors, wanted, strict=True)]
+        self.grads = [
+            torch.zeros_like(t, dtype=self._grad_dtype(t)) if w else None
+            for t, w in zip(self.tensors, wanted, strict=True)
+        ]
         if self.grads[0] is not None:
             self.hidden_grad = self.grads[0].view(-1, self.hidden.shape[-1])
 

@@ -1,15 +1,21 @@
 """Axolotl: the ``cv_loss`` key in its schema, and the objective in its model and trainer."""
 
+import difflib
+from collections.abc import Callable
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
-from axolotl.utils.logging import get_logger
-from pydantic import BaseModel, Field, model_validator
+try:
+    from axolotl.integrations.base import BasePlugin
+    from axolotl.utils.logging import get_logger
+    from pydantic import BaseModel, Field, model_validator
 
-from ..config import KEY, CVLossConfig
-from ..install import install, installation
-from ..objective import Objective
-from .transformers import attach
+    from ..config import KEY, CVLossConfig
+    from ..install import install, installation
+    from ..objective import Objective
+    from .transformers import ObjectiveTrainer, attach
+except ImportError as error:
+    # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
+    raise RuntimeError(f"axolotl_cvloss.CVLossPlugin cannot be loaded, so the run stops here: {error}") from error
 
 LOG = get_logger(__name__)
 
@@ -18,10 +24,12 @@ CONFLICTS = {
     "cut_cross_entropy": "it replaces the loss; remove it (and its plugin), cv_loss has a cross_entropy term",
     "liger_cross_entropy": "it replaces the loss; set it to false, the other Liger kernels may stay",
     "liger_fused_linear_cross_entropy": "it replaces the loss; set it to false, the other Liger kernels may stay",
+    "flash_attn_cross_entropy": "it replaces the loss; remove it, cv_loss has a cross_entropy term",
     "chunked_cross_entropy": "it replaces the loss; remove it, cv_loss works in chunks itself",
     "use_eaft": "it replaces the loss; remove it",
     "kd_trainer": "distillation brings its own loss; train with one or the other",
-    "diffusion": "diffusion training brings its own loss; train with one or the other",
+    "diffusion": "diffusion training brings its own loss; remove its plugin or train without cv_loss",
+    "hatchery": "it trains on a remote machine that knows nothing of cv_loss; remove its plugin",
     "rl": "preference and reinforcement learning bring their own losses; use cv_loss for supervised fine-tuning",
     "reward_model": "a reward model has no tokens to predict; use cv_loss for supervised fine-tuning",
     "process_reward_model": "a reward model has no tokens to predict; use cv_loss for supervised fine-tuning",
@@ -46,11 +54,12 @@ class CVLossArgs(BaseModel):
     @classmethod
     def check_cv_loss(cls, data: Any) -> Any:
         if KEY not in data:
+            # Axolotl drops keys that it does not know, so a misspelt one would train with the host's loss.
+            unknown = {str(key).lower(): key for key in data if key not in cls.model_fields}
+            for match in difflib.get_close_matches(KEY, unknown, n=1, cutoff=0.8):
+                raise ValueError(f"unknown key {unknown[match]}: did you mean {KEY}?")
             return data
-        problems = [f"{KEY} cannot be used with {key}: {why}" for key, why in CONFLICTS.items() if data.get(key)]
-        for key, why in PARALLEL.items():
-            if str(data.get(key) or 1) != "1":
-                problems.append(f"{KEY} cannot be used with {key} above 1: {why}")
+        problems = _conflicts(data.get)
         try:
             data[KEY] = CVLossConfig.parse(data[KEY]).dump()
         except ValueError as error:
@@ -58,6 +67,21 @@ class CVLossArgs(BaseModel):
         if problems:
             raise ValueError("\n".join(problems))
         return data
+
+    @model_validator(mode="after")
+    def check_defaults(self) -> "CVLossArgs":
+        """Plugins such as those of cut cross-entropy and diffusion need only be listed: their keys have defaults."""
+        if self.cv_loss is not None and (problems := _conflicts(lambda key: getattr(self, key, None))):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _conflicts(value_of: Callable[[str], Any]) -> list[str]:
+    found = [f"{KEY} cannot be used with {key}: {why}" for key, why in CONFLICTS.items() if value_of(key)]
+    for key, why in PARALLEL.items():
+        if str(value_of(key) or 1) != "1":
+            found.append(f"{KEY} cannot be used with {key} above 1: {why}")
+    return found
 
 
 class CVLossPlugin(BasePlugin):
@@ -70,9 +94,11 @@ class CVLossPlugin(BasePlugin):
         if cfg.get(KEY) is not None:
             install(model, Objective.from_config(_plain(cfg[KEY])))
 
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Not for callbacks: of the hooks that see the trainer, `axolotl evaluate` has only this one."""
         if cfg.get(KEY) is None:
-            return
+            LOG.warning(f"{KEY}: the key is not in the config, so training uses the loss of the model")
+            return []
         attach(trainer)
         objective = installation(trainer.model).objective  # type: ignore[union-attr]
         LOG.info(f"cv_loss: training with {objective}; every term and the NLL are logged as cv_loss/...")
@@ -80,6 +106,11 @@ class CVLossPlugin(BasePlugin):
             "cv_loss: tokens are counted over the whole accumulation window and all ranks, so the gradient is the one "
             "of one big batch"
         )
+        return []
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if cfg.get(KEY) is not None and not isinstance(trainer, ObjectiveTrainer):
+            raise RuntimeError(f"{KEY}: this version of Axolotl made a trainer that the objective was not attached to")
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ class ObjectiveTrainer(Trainer):
     cv_loss: Installation
     _cv_records: dict[bool, list[tuple[int, dict[str, Tensor], dict[str, int]]]]
     _cv_reported: bool
+    _cv_used: bool
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them."""
@@ -44,33 +45,52 @@ class ObjectiveTrainer(Trainer):
         return self.cv_loss.counts["completion"]
 
     def _cv_record(self, result: ObjectiveResult) -> None:
+        self._cv_used = self._cv_used or self.cv_loss.model.training
         values = {**result.terms, "nll": result.nll}
         counts = {**result.counts, "nll": result.n_tokens}
         self._cv_records[self.cv_loss.model.training].append((self.state.global_step, values, counts))
 
     def _cv_flush(self, training: bool) -> dict[str, float]:
-        """Means over all rows since the last call, on all ranks, by the names they are logged under."""
+        """Means since the last call, on all ranks, by the names they are logged under.
+
+        Each is a mean over the rows of a step and then over steps, as Trainer's own ``loss`` is; so ``loss`` is the
+        weighted sum of what stands beside it. An evaluation is one step.
+        """
         records, self._cv_records[training] = self._cv_records[training], []
         names = [*(term.name for term in self.cv_loss.objective.terms), "nll"]
-        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        steps = sorted({step for step, _, _ in records})
+        sums = torch.zeros(len(steps), 2, len(names), dtype=torch.float64)
         for step, values, counts in records:
             value = torch.stack([values[name].detach().double().cpu() for name in names])
             count = torch.tensor([counts[name] for name in names], dtype=torch.float64)
-            self._cv_check(step, names, value)
-            sums += torch.stack([value * count, count])
+            self._cv_check(step, training, names, value)
+            sums[steps.index(step)] += torch.stack([value * count, count])
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device, torch.float32)[None]).sum(0).cpu()
-        means = sums[0] / sums[1].clamp_min(1)
+        means = (sums[:, 0] / sums[:, 1].clamp_min(1)).mean(0)
         return {f"cv_loss/{name}": value for name, value in zip(names, means.tolist(), strict=True)}
 
-    def _cv_check(self, step: int, names: list[str], values: Tensor) -> None:
+    def _cv_check(self, step: int, training: bool, names: list[str], values: Tensor) -> None:
         wrong = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
         if wrong and not self._cv_reported:
             self._cv_reported = True
+            when = f"in step {step + 1}" if training else f"in the evaluation after step {step}"
             logger.error(
-                f"cv_loss: {', '.join(wrong)} became NaN or infinite in step {step + 1} on rank "
-                f"{self.args.process_index}. The logits of that step hold NaN or infinite values; a lower "
-                "learning rate or max_grad_norm helps where training diverged."
+                f"cv_loss: {', '.join(wrong)} became NaN or infinite {when} on rank {self.args.process_index}. The "
+                "logits there hold NaN or infinite values; a lower learning rate or max_grad_norm helps where "
+                "training diverged."
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._cv_demand_use()
+        return loss
+
+    def _cv_demand_use(self) -> None:
+        if not self._cv_used:
+            raise RuntimeError(
+                f"cv_loss: {type(self).__name__} computes a loss of its own and never asks the model for one, so the "
+                "objective would not be trained with; use another trainer, or remove cv_loss"
             )
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +110,8 @@ class ObjectiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            self._cv_demand_use()  # here too, for a trainer with a training_step of its own
+        if "loss" in logs and self._cv_records[True]:
             logs.update(self._cv_flush(training=True))
         # Perplexity is exp of the NLL, not of the objective.
         for key in [key for key in logs if key == "ppl" or key.endswith("_ppl")]:
@@ -118,11 +140,13 @@ def attach(trainer: Trainer) -> None:
         )
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
-    trainer.__class__ = type(cls.__name__, (cls, ObjectiveTrainer), {"__module__": cls.__module__})
+    bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)
+    trainer.__class__ = type(cls.__name__, bases, {"__module__": cls.__module__})
     assert isinstance(trainer, ObjectiveTrainer)
     trainer.cv_loss = installed
     trainer._cv_records = {True: [], False: []}
     trainer._cv_reported = False
+    trainer._cv_used = False
     installed.listeners = [trainer._cv_record]
     # Without these two the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True

@@ -12,9 +12,7 @@ from . import reference
 from .bounds import Fraction
 
 
-def lovasz(
-    errors: Tensor, foreground: Tensor, segment: Tensor, labelled: Tensor, tolerance: Fraction = 0.0
-) -> Tensor:
+def lovasz(errors: Tensor, foreground: Tensor, segment: Tensor, labelled: Tensor, tolerance: Fraction = 0.0) -> Tensor:
     """The Lovasz extension of the Jaccard loss, for each class; a surrogate of the intersection over union.
 
     ``tolerance`` leaves out errors of other rows below it; the value of a class changes by at most as much.

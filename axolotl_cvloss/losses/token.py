@@ -11,9 +11,7 @@ from . import reference
 from .bounds import Fraction, NonNegative, Positive
 
 
-def cross_entropy(
-    logp: Tensor, lse: Tensor, mean_logit: Tensor | None, label_smoothing: Fraction = 0.0
-) -> Tensor:
+def cross_entropy(logp: Tensor, lse: Tensor, mean_logit: Tensor | None, label_smoothing: Fraction = 0.0) -> Tensor:
     """The negative log-likelihood of the target; with label smoothing, of a target mixed with the uniform one.
 
     Formula: -(1 - label_smoothing) log p - label_smoothing mean_j log p_j

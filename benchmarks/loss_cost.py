@@ -1,0 +1,122 @@
+"""Seconds and peak memory of the losses, forward and backward to hidden states and head, against other ways.
+
+    python benchmarks/loss_cost.py               # `make bench`
+    python benchmarks/loss_cost.py --growth      # how cost grows with rows and vocabulary
+    python benchmarks/loss_cost.py --list
+
+See README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from cases import CROSS_ENTROPY, DATA, Settings, all_cases
+from measure import Job, rounds
+from report import bar_chart, compare, growth_chart, machine, show, summary, write
+
+SHAPES = {"cpu": (2048, 576, 49152, "float32"), "cuda": (8192, 4096, 128256, "bfloat16")}  # N, H, V
+
+GROWTH_CASES = [
+    CROSS_ENTROPY,
+    "cross_entropy",
+    "0.6 cross_entropy + 0.4 generalized_dice",
+    "0.6 cross_entropy + 0.4 lovasz",
+]
+GROWTH_HIDDEN = 64  # small, so that the largest point takes seconds: little is left of the matrix products
+GROWTH_ROWS = [512, 1024, 2048, 4096, 8192, 16384]
+GROWTH_ROWS_OF_VOCAB = 2048
+GROWTH_VOCAB = [32768, 65536, 131072, 262144]
+
+
+def main() -> None:
+    args = parse()
+    settings = Settings(args.rows, args.hidden, args.vocab, args.dtype, args.device, args.data, args.document_rows)
+    cases = all_cases(args.device)
+    if args.list:
+        print("\n".join(cases))
+    elif args.growth:
+        growth(args, settings)
+    else:
+        chosen = {name: case for name, case in cases.items() if re.search(args.only, name)}
+        chosen = {name: cases[name] for name in cases if name in {*chosen, *(c.base for c in chosen.values())}}
+        missed = cost(args, settings, chosen)
+        if missed and args.check:
+            sys.exit(f"memory limits missed: {', '.join(missed)}")
+
+
+def cost(args: argparse.Namespace, settings: Settings, cases: dict) -> list[str]:
+    """Measure the cases, write and show them; the names of those above their memory limit."""
+    print(settings)
+    data = Job("data", settings).run_in_process()
+    print(", ".join(f"{name} {value:.3g}" for name, value in data.items()))
+    records = rounds([Job(name, settings, args.repeats) for name in cases], args.rounds)
+    rows = compare(cases, records)
+    path = args.out / f"loss_cost_{args.device}"
+    about = {"machine": machine(args.device), "settings": vars(settings), "data": data, "rounds": args.rounds}
+    write(path, rows, **about, records=records)
+    bar_chart(path, rows, f"{_cpu_or_gpu(about['machine'])}; {settings}")
+    show(rows)
+    print(f"Sets are documents of {settings.document_rows} rows. Written: {path}.csv, .json and .png")
+    return [row["case"] for row in rows if row["memory_reached"] is False]
+
+
+def growth(args: argparse.Namespace, settings: Settings) -> None:
+    """A few cases over rows and over vocabulary, each point repeated until the work is that of the largest one."""
+    lines = {
+        "rows": [(n, GROWTH_VOCAB[0]) for n in GROWTH_ROWS],
+        "vocab": [(GROWTH_ROWS_OF_VOCAB, v) for v in GROWTH_VOCAB],
+    }
+    points = dict.fromkeys(point for line in lines.values() for point in line)
+    work = max(n * v for n, v in points)
+    jobs = []
+    for n, v in points:
+        shape = Settings(n, GROWTH_HIDDEN, v, args.dtype, args.device, args.data, args.document_rows)
+        jobs += [Job(name, shape, work // (n * v)) for name in GROWTH_CASES]
+    records = rounds(jobs, args.rounds)
+    results = []
+    for job in jobs:
+        at = {"case": job.case, "rows": job.settings.rows, "vocab": job.settings.vocab}
+        found = summary([record for record in records if all(record[key] == at[key] for key in at)])
+        results.append({**at, "hidden": GROWTH_HIDDEN, "repeats": job.repeats, **found})
+    path = args.out / f"growth_{args.device}"
+    about = {"machine": machine(args.device), "rounds": args.rounds, "data": args.data}
+    write(path, results, **about, records=records)
+    title = f"{_cpu_or_gpu(about['machine'])}; hidden {GROWTH_HIDDEN}, {args.dtype}, {args.data} data"
+    growth_chart(path, results, f"{title}, documents of {args.document_rows} rows", lines)
+    print(f"Written: {path}.csv, .json and .png")
+
+
+def _cpu_or_gpu(machine: dict) -> str:
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['torch threads']} threads"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--data", choices=list(DATA), default="trained")
+    parser.add_argument("--document-rows", type=int, default=128, help="rows of a document, which is a set")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs of a case in each round, after a warm-up")
+    parser.add_argument("--only", default="", help="cases whose name has a match of this regular expression")
+    parser.add_argument("--check", action="store_true", help="end with code 1 where a memory limit is missed")
+    parser.add_argument("--growth", action="store_true", help="instead: a few cases at many sizes")
+    parser.add_argument("--list", action="store_true", help="only print the names of the cases")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    for name, value in zip(("rows", "hidden", "vocab", "dtype"), SHAPES[args.device], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+if __name__ == "__main__":
+    main()

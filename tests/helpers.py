@@ -1,0 +1,136 @@
+"""Batches whose documents and padding are known without asking the package, and the naive objective of a batch."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from naive import NAIVE
+
+from axolotl_cvloss import registry
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """A batch as a host makes it. ``documents`` (B, T) says what is what: the document of a token, -1 for padding."""
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    documents: torch.Tensor
+    inputs: dict = field(default_factory=dict)  # position_ids, attention_mask, input_ids, shift
+
+    def result(self, objective, logits=None, **more):
+        return objective.from_logits(self.logits if logits is None else logits, self.labels, **self.inputs, **more)
+
+    def to(self, dtype):
+        return replace(self, logits=self.logits.to(dtype))
+
+    def rows(self, scope="completion"):
+        """Every trained row as ((b, t), target, document), by the definition, one position after the other."""
+        documents, labels = torch.atleast_2d(self.documents), torch.atleast_2d(self.labels)
+        shift = self.inputs.get("shift", True)
+        found = []
+        for b, line in enumerate(documents.tolist()):
+            for t, document in enumerate(line):
+                inside = t + 1 < len(line) and line[t + 1] == document >= 0
+                target = IGNORE if shift and not inside else int(labels[b, t + 1 if shift else t])
+                if scope == "sequence" and target == IGNORE and inside:
+                    target = int(torch.atleast_2d(self.inputs["input_ids"])[b, t + 1])
+                if target != IGNORE:
+                    found.append(((b, t), target, document))
+        return found
+
+    def unused(self):
+        """Where the logits predict nothing that is trained, in the shape of the labels."""
+        mask = torch.ones_like(torch.atleast_2d(self.labels), dtype=torch.bool)
+        for at, _, _ in self.rows():
+            mask[at] = False
+        return mask.view_as(self.labels)
+
+
+def naive_loss(batch, logits, terms):
+    """The weighted sum of the naive losses; terms as in the long form of the key."""
+    logits = logits.view(*torch.atleast_2d(batch.labels).shape, -1)
+    total = logits.sum() * 0
+    for term in terms:
+        fields = {"weight": 1.0, "scope": "completion", "per": "document", **term}
+        name, weight, scope, per = (fields.pop(f) for f in ("loss", "weight", "scope", "per"))
+        rows = batch.rows(scope)
+        if rows:
+            places, targets, documents = zip(*rows, strict=True)
+            chosen = torch.stack([logits[at] for at in places])
+            sets = torch.tensor(documents) if per == "document" else None
+            total = total + weight * NAIVE[name](chosen, torch.tensor(targets), sets, **fields)
+    return total
+
+
+# How batches come. V is small, as the naive losses are slow; the last two tokens are never labels.
+VOCAB = 7
+
+
+def make_batch(kind, seed=0, dtype=torch.float64, vocab=VOCAB, temperature=1.5):
+    """A random batch of one of the kinds of ``BATCHES``."""
+    generator = torch.Generator().manual_seed(1000 * seed + sorted(BATCHES).index(kind))
+    documents = BATCHES[kind][0].clone()
+    tokens = torch.randint(0, vocab - 2, documents.shape, generator=generator)
+    labels = tokens.clone()
+    labels[documents < 0] = IGNORE
+    prompt = torch.rand(documents.shape, generator=generator) < 0.3  # anywhere, but for the end of a document
+    last = documents != documents.roll(-1, dims=-1)
+    last[..., -1] = True
+    labels[prompt & ~last] = IGNORE
+    logits = temperature * torch.randn(*documents.shape, vocab, generator=generator, dtype=dtype)
+    inputs = dict(BATCHES[kind][1])
+    if inputs.get("shift", True):
+        inputs["input_ids"] = tokens
+    return Batch(logits, labels, documents, inputs)
+
+
+def _documents(*lines):
+    """Lines such as "aaab--": one letter a token, - for padding; a letter is one document of its line."""
+    return torch.tensor([[-1 if c == "-" else 100 * b + ord(c) for c in line] for b, line in enumerate(lines)])
+
+
+def _positions(*lines):
+    """The same lines: 0, 1, ... in each run of a letter, as Axolotl's collators number tokens and padding."""
+    numbers = []
+    for line in lines:
+        position = []
+        for i, c in enumerate(line):
+            position.append(position[-1] + 1 if i and line[i - 1] == c else 0)
+        numbers.append(position)
+    return torch.tensor(numbers)
+
+
+_PADDED = "aaaaaaaaa", "aaaaaa---", "aaaa-----"
+_LEFT = "aaaaaaaa", "--aaaaaa", "-----aaa"
+_PACKED = "aaaaabbcccccc-", "aaabbbbbbbbb--"
+_NUMBERS = {"a": 1, "b": 2, "c": 3, "-": 0}
+
+BATCHES = {
+    "padded": (_documents(*_PADDED), {"attention_mask": (_documents(*_PADDED) >= 0).long()}),
+    "padded left": (_documents(*_LEFT), {"attention_mask": (_documents(*_LEFT) >= 0).long()}),
+    "packed": (_documents(*_PACKED), {"position_ids": _positions(*_PACKED)}),
+    "packed, one mask": (
+        _documents(*_PACKED),
+        {"position_ids": _positions(*_PACKED), "attention_mask": (_documents(*_PACKED) >= 0).long()},
+    ),
+    "packed, numbered mask": (
+        _documents(*_PACKED),
+        {"attention_mask": torch.tensor([[_NUMBERS[c] for c in line] for line in _PACKED])},
+    ),
+    "rows": (torch.zeros(13, dtype=torch.long), {"shift": False}),
+}
+
+
+@contextmanager
+def temporary_losses():
+    """Losses registered inside are forgotten afterwards; there is no public way to do so."""
+    registry.plugin_manager()
+    saved = dict(registry._losses)
+    try:
+        yield
+    finally:
+        registry._losses.clear()
+        registry._losses.update(saved)

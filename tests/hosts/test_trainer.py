@@ -1,0 +1,329 @@
+"""transformers' own Trainer with an objective: exact gradients however a batch is cut up, and what is logged."""
+
+import math
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from axolotl_cvloss import Objective, install
+from axolotl_cvloss.hosts.transformers import attach
+
+SEQUENCE_MIX = {
+    "terms": [
+        {"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"},
+        {"loss": "lovasz", "weight": 0.4},
+    ]
+}
+FLOAT32 = 2e-6  # Trainer adds up its losses in float32
+
+OBJECTIVES = {
+    "cross_entropy": "cross_entropy",
+    "focal": "focal",
+    "lovasz": "lovasz",
+    "generalized_dice": "generalized_dice",
+    "sequence mix": SEQUENCE_MIX,
+}
+
+
+def rows(count, untrained=()):
+    """Rows of many lengths, with prompts; those in ``untrained`` have no label at all."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(count):
+        length = int(torch.randint(6, 20, (), generator=generator))
+        prompt = int(torch.randint(1, length - 1, (), generator=generator))
+        ids = torch.randint(4, 40, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: length if i in untrained else prompt] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def collate(batch):
+    """Padded on the right, as far as the longest row of the micro-batch."""
+
+    def pad(name, value):
+        return torch.nn.utils.rnn.pad_sequence([row[name] for row in batch], batch_first=True, padding_value=value)
+
+    ids = pad("input_ids", 0)
+    return {"input_ids": ids, "labels": pad("labels", -100), "attention_mask": (ids != 0).long()}
+
+
+class Gradients(TrainerCallback):
+    """The gradient that each step of the optimizer sees."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+@pytest.fixture
+def make_trainer(make_model, tmp_path):
+    """A Trainer in float64 with an objective."""
+
+    def make(config, data, trainer_class=Trainer, callbacks=(), evaluated=None, attached=True, **arguments):
+        model = make_model().double()
+        if attached:
+            install(model, Objective.from_config(config))
+        trainer = trainer_class(
+            model=model,
+            train_dataset=data,
+            data_collator=collate,
+            eval_dataset=evaluated,
+            callbacks=list(callbacks),
+            args=TrainingArguments(
+                **{
+                    "output_dir": str(tmp_path),
+                    "optim": "sgd",
+                    "learning_rate": 0.1,
+                    "lr_scheduler_type": "constant",
+                    "max_grad_norm": 0,
+                    "max_steps": 1,
+                    "logging_steps": 1,
+                    "save_strategy": "no",
+                    "report_to": [],
+                    "use_cpu": True,
+                    "disable_tqdm": True,
+                    **arguments,
+                }
+            ),
+        )
+        if attached:
+            attach(trainer)
+        return trainer
+
+    return make
+
+
+def history(trainer, key="loss"):
+    return [entry for entry in trainer.state.log_history if key in entry]
+
+
+# One big batch
+
+
+def gradient_of_one_big_batch(model, config, data):
+    """From the model's own logits; nothing of Trainer."""
+    batch = collate(data)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    others = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    loss = Objective.from_config(config).from_logits(logits, batch["labels"], **others).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("untrained", [(), (2, 5)], ids=["", "some rows untrained"])
+@pytest.mark.parametrize("cut", [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)], ids=lambda cut: f"{cut[1]}x{cut[0]}")
+@pytest.mark.parametrize("config", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_accumulation_is_one_big_batch(config, cut, untrained, make_trainer, make_model):
+    """However the rows are cut into micro-batches, and where a micro-batch has no trained token."""
+    data = rows(8, untrained)
+    size, steps = cut
+    gradients = Gradients()
+    trainer = make_trainer(
+        config,
+        data,
+        callbacks=[gradients],
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
+        num_train_epochs=1,
+        max_steps=-1,
+    )
+    trainer.train()
+    (seen,) = gradients.seen
+    loss, expected = gradient_of_one_big_batch(make_model().double(), config, data)
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            seen[name], grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name} {text}"
+        )
+    (entry,) = history(trainer)
+    assert entry["loss"] == pytest.approx(float(loss), abs=FLOAT32)
+
+
+def test_without_the_count_the_gradient_would_differ(make_trainer, make_model):
+    """What the test above guards against: the data tell micro-batches apart."""
+    data = rows(8)
+    gradients = Gradients()
+    trainer = make_trainer(
+        "focal", data, callbacks=[gradients], gradient_accumulation_steps=8, per_device_train_batch_size=1
+    )
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    _, expected = gradient_of_one_big_batch(make_model().double(), "focal", data)
+    assert not torch.allclose(gradients.seen[0]["lm_head.weight"], expected["lm_head.weight"], rtol=1e-3)
+
+
+# The log
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_loss_is_the_weighted_sum_of_the_terms(steps, make_trainer):
+    """Over several steps between two logs, and the micro-batches of each."""
+    trainer = make_trainer(
+        SEQUENCE_MIX,
+        rows(24),
+        max_steps=6,
+        logging_steps=3,
+        gradient_accumulation_steps=steps,
+        per_device_train_batch_size=2,
+    )
+    trainer.train()
+    entries = history(trainer)
+    assert [entry["step"] for entry in entries] == [3, 6]
+    for entry in entries:
+        total = 0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/lovasz"]
+        assert entry["loss"] == pytest.approx(total, abs=FLOAT32)
+        assert entry["cv_loss/nll"] != entry["cv_loss/cross_entropy"]  # the prompt belongs to the latter
+
+
+def test_a_loss_that_comes_twice_is_logged_twice(make_trainer):
+    terms = [{"loss": "focal", "gamma": 0.0}, {"loss": "focal", "gamma": 2.0, "weight": 0.5}]
+    trainer = make_trainer({"terms": terms}, rows(8))
+    trainer.train()
+    (entry,) = history(trainer)
+    assert entry["cv_loss/focal"] == pytest.approx(entry["cv_loss/nll"])
+    assert entry["loss"] == pytest.approx(entry["cv_loss/focal"] + 0.5 * entry["cv_loss/focal_2"], abs=FLOAT32)
+
+
+def test_evaluation(make_trainer, make_model):
+    """Over all rows, each token counting the same, in the middle of training and with a prefix of one's own."""
+    train, test = rows(16), rows(5)
+    trainer = make_trainer(
+        "lovasz",
+        train,
+        max_steps=4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=2,
+        evaluated={"one": test, "two": train},
+    )
+    trainer.train()
+    assert len(history(trainer, "eval_one_loss")) == len(history(trainer, "eval_two_loss")) == 4
+    last = history(trainer, "eval_one_cv_loss/nll")[-1]
+    _, _, labels = batch = [collate(test)[name] for name in ("input_ids", "attention_mask", "labels")]
+    with torch.no_grad():
+        logits = trainer.model(input_ids=batch[0], attention_mask=batch[1]).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert last["eval_one_cv_loss/nll"] == pytest.approx(float(expected), abs=1e-9)
+    lovasz = Objective.from_config("lovasz").from_logits(logits, labels).loss
+    assert last["eval_one_cv_loss/lovasz"] == pytest.approx(float(lovasz), abs=1e-9)
+    # Evaluations in between do not reach the training terms.
+    for entry in history(trainer):
+        assert entry["loss"] == pytest.approx(entry["cv_loss/lovasz"], abs=FLOAT32)
+    metrics = trainer.evaluate(test, metric_key_prefix="final")
+    assert metrics["final_cv_loss/nll"] == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_compute_metrics_gets_the_logits(make_trainer):
+    trainer = make_trainer("lovasz", rows(8), per_device_eval_batch_size=2)
+    trainer.compute_metrics = lambda prediction: {"width": prediction.predictions.shape[-1]}
+    assert trainer.evaluate(rows(4))["eval_width"] == trainer.model.config.vocab_size
+    trainer.train()
+    assert trainer.predict(rows(4)).predictions.shape[0] == 4
+
+
+def test_best_model_by_nll(make_trainer):
+    """The terms and the NLL can choose the checkpoint, or stop the training, like any metric."""
+    trainer = make_trainer(
+        "lovasz",
+        rows(16),
+        evaluated=rows(4),
+        max_steps=6,
+        learning_rate=20.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="cv_loss/nll",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = min(entry["eval_cv_loss/nll"] for entry in history(trainer, "eval_loss"))
+    assert trainer.state.best_metric == best
+    assert trainer.evaluate()["eval_cv_loss/nll"] == pytest.approx(best)
+
+
+class Break(TrainerCallback):
+    """Put a NaN into the model before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                model.lm_head.weight[7, 0] = math.nan
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_nan_is_reported_once_and_stays_visible(filtered, make_trainer, caplog):
+    """Trainer replaces a NaN of its own loss by the mean of the others, unless told not to."""
+    trainer = make_trainer(
+        SEQUENCE_MIX, rows(16), callbacks=[Break(3)], max_steps=6, logging_steps=2, logging_nan_inf_filter=filtered
+    )
+    trainer.train()
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("axolotl_cvloss.hosts")]
+    assert "cross_entropy, lovasz, nll became NaN or infinite in step 3 on rank 0" in message
+    first, *others = [entry["cv_loss/nll"] for entry in history(trainer)]
+    assert math.isfinite(first)
+    assert all(math.isnan(value) for value in others)
+
+
+def test_nan_in_an_evaluation(make_trainer, caplog):
+    trainer = make_trainer("focal", rows(8))
+    trainer.train()
+    Break(1).on_step_begin(None, type(trainer.state)(), None, model=trainer.model)
+    assert math.isnan(trainer.evaluate(rows(4))["eval_cv_loss/focal"])
+    assert "focal, nll became NaN or infinite in the evaluation after step 1" in caplog.text
+
+
+# What cannot work
+
+
+class LossOfItsOwn(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class StepOfItsOwn(LossOfItsOwn):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, inputs)
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("trainer_class", [LossOfItsOwn, StepOfItsOwn])
+def test_a_trainer_with_a_loss_of_its_own_is_stopped(trainer_class, make_trainer):
+    trainer = make_trainer("lovasz", rows(8), trainer_class=trainer_class)
+    with pytest.raises(RuntimeError, match=f"{trainer_class.__name__} computes a loss of its own"):
+        trainer.train()
+
+
+def test_refused_at_once(make_trainer):
+    trainer = make_trainer("lovasz", rows(2), attached=False)
+    with pytest.raises(RuntimeError, match="no objective is installed"):
+        attach(trainer)
+    with pytest.raises(RuntimeError, match="label_smoothing_factor"):
+        make_trainer("lovasz", rows(2), label_smoothing_factor=0.1)
+    trainer = make_trainer("lovasz", rows(2), attached=False)
+    install(trainer.model, Objective.from_config("lovasz"))
+    trainer.compute_loss_func = lambda *args, **kwargs: None
+    with pytest.raises(RuntimeError, match="compute_loss_func"):
+        attach(trainer)
+
+
+def test_trainer_stays_what_it_was(make_trainer):
+    class Custom(Trainer):
+        pass
+
+    trainer = make_trainer("lovasz", rows(2), trainer_class=Custom)
+    assert isinstance(trainer, Custom)
+    assert type(trainer).__name__ == "Custom"
+    assert type(make_trainer("lovasz", rows(2), trainer_class=Custom, attached=False)) is Custom
