@@ -147,7 +147,8 @@ def train(config: dict[str, Any], path: Path) -> dict[str, Any]:
         sys.exit(
             f"axolotl train ended with code {process.returncode} after {len(logs)} steps:\n{''.join(printed[-60:])}"
         )
-    shutil.rmtree(config["output_dir"])
+    for made in "output_dir", "dataset_prepared_path":  # every run does the same
+        shutil.rmtree(config[made])
     seconds = [end - start for start, end in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)]
     tokens = [int(log["tokens/total"]) for log in logs]
     return {
