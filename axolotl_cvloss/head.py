@@ -1,6 +1,8 @@
 """A model's head: run something of ours in its place, so that the logits of a batch never exist."""
 
 from collections.abc import Callable
+from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ class HeadTap:
         own = module.__dict__
         saved = own.get("forward")
         self._head, self._take, self._probe = Head(module, module.forward), take, probe
-        own["forward"] = torch.compiler.disable(self._forward)  # not at import: it loads the compiler
+        own["forward"] = MethodType(_uncompiled_forward(), self)
         try:
             return forward()
         finally:
@@ -54,6 +56,12 @@ class HeadTap:
             with torch.no_grad():
                 return self._head.forward(probed(hidden_states))
         return hidden_states.detach()[..., :1]
+
+
+@cache
+def _uncompiled_forward() -> Callable[..., Tensor]:
+    """Made on first use, as it loads the compiler; always the same, or torch.compile would compile at every step."""
+    return torch.compiler.disable(HeadTap._forward)
 
 
 def probed(hidden_states: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import FROZEN, Case
+from cases import CLASS_LOOP, FROZEN, Case
 from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "axolotl-cvloss", "transformers", "axolotl", "liger-kernel", "cut-cross-entropy", "triton")
-COLORS = {"floor": "0.75", "peer": "C7", "plain": "C1", "fused": "C0", "logits": "C0"}
+COLORS = {"floor": "0.75", "peer": "C7", "plain": "C1", "fused": "C0"}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _limit(row: Row, what: str) -> str:
 def bar_chart(path: Path, rows: Sequence[Row], title: str) -> None:
     """Ratios of time and memory, a line of panels a head; dashed: the floor, black ticks: the limits."""
     plt = _pyplot()
-    rows = [row for row in rows if row["kind"] != "logits" and "of logits" not in row["case"]]
+    rows = [row for row in rows if row["base"] != CLASS_LOOP]  # one bar there would be 50 times the other
     bases = list(dict.fromkeys(row["base"] for row in rows))
     groups = [[row for row in rows if row["base"] == base and row["kind"] != "floor"] for base in bases]
     figure, axes = plt.subplots(
@@ -130,10 +130,13 @@ def bar_chart(path: Path, rows: Sequence[Row], title: str) -> None:
         gridspec_kw={"height_ratios": [len(group) for group in groups]},
     )
     for line, base, group in zip(axes, bases, groups, strict=True):
-        floor = min((row for row in rows if row["base"] == base and row["kind"] == "floor"), key=_time, default=None)
+        floor = next((row for row in rows if row["base"] == base and row["kind"] == "floor"), None)
         for axis, what in zip(line, ("time", "memory"), strict=True):
             ratios = [row[f"{what}_ratio"] for row in group]
-            bars = axis.barh(range(len(group)), ratios, color=[COLORS[row["kind"]] for row in group])
+            ends = [[row.get(f"{what}_ratio_{end}", row[f"{what}_ratio"]) for row in group] for end in ("min", "max")]
+            spread = [[abs(end - ratio) for end, ratio in zip(side, ratios, strict=True)] for side in ends]
+            colors = [COLORS[row["kind"]] for row in group]
+            bars = axis.barh(range(len(group)), ratios, color=colors, xerr=spread, ecolor="0.4")
             axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
             for i, row in enumerate(group):
                 if (limit := row[f"{what}_limit"]) is not None:
@@ -141,16 +144,12 @@ def bar_chart(path: Path, rows: Sequence[Row], title: str) -> None:
             if floor is not None:
                 axis.axvline(floor[f"{what}_ratio"], ls="--", color="0.3", label=floor["case"].removesuffix(FROZEN))
                 axis.legend(loc="lower right", fontsize=8)
-            axis.set(title=f"{what}, ratio to {base}", xlim=(0, 1.1 * max([*ratios, 1])))
+            axis.set(title=f"{what}, ratio to {base}", xlim=(0, 1.15 * max([*ends[1], 1])))
             axis.axvline(1, color="0.8", zorder=0)
         line[0].set_yticks(range(len(group)), [row["case"].removesuffix(FROZEN) for row in group], fontsize=8)
         line[0].invert_yaxis()
     figure.suptitle(f"{title}\nblack ticks: limits; grey: peers, orange: plain PyTorch, blue: this package", fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=130)
-
-
-def _time(row: Row) -> float:
-    return row["time_ratio"]
 
 
 def growth_chart(path: Path, rows: Sequence[Row], title: str, lines: Mapping[str, Iterable[tuple[int, int]]]) -> None:

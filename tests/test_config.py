@@ -428,6 +428,15 @@ def malformed_key(rng):
     return rng.choice([*NOT_A_NAME, misspelt(rng, rng.choice(list(LOSSES)))]), "cv_loss: unknown loss"
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_parameter_refuses_every_wrong_value(loss):
+    for name, field in {**LOSSES[loss].parameters.model_fields, "weight": TermConfig.model_fields["weight"]}.items():
+        wrong = NOT_A_BOOL if field.annotation is bool else NOT_A_NUMBER
+        for value in [*wrong, *(out_of_bounds(random.Random(i), field) for i in range(10))]:
+            with pytest.raises(ConfigError, match=rf"^cv_loss\.{loss}\.{name}: must be [^\n]+, not [^\n]+$"):
+                CVLossConfig.parse({loss: {name: value}})
+
+
 TELLS = ("allowed: ", "allowed with it: ", "must be ", "leave it out", "leave per out", "give ", " more problems")
 
 

@@ -1,0 +1,249 @@
+"""The benchmarks at a tiny size: what they compare computes the same, and what they write is complete."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import cases  # noqa: E402
+import loss_cost  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import training_step  # noqa: E402
+
+SETTINGS = cases.Settings(300, 32, 400, "float32", "cpu", "trained", 64)  # the last document is shorter
+SHAPE = ["--device=cpu", "--rows=96", "--hidden=16", "--vocab=200", "--document-rows=32"]
+MIX = "0.6 cross_entropy + 0.4 generalized_dice"
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory on a CPU is read from /proc")
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Measure in this process: a process for each case takes seconds to start."""
+    monkeypatch.setattr(measure.Job, "run_in_process", measure.Job.run)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path, in_process):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["loss_cost.py", *SHAPE, f"--out={tmp_path}", *arguments])
+        loss_cost.main()
+        return tmp_path
+
+    return run
+
+
+@linux
+@pytest.mark.parametrize("name", cases.all_cases("cpu"))
+def test_every_case(name):
+    result = measure.measure(name, SETTINGS, repeats=2)
+    assert len(result["seconds"]) == 2
+    assert min(result["seconds"]) > 0
+    assert result["bytes"] >= 0
+    assert result["loss"] is None if name.startswith("floor") else math.isfinite(result["loss"])
+
+
+def value(name, settings=SETTINGS):
+    case = cases.all_cases("cpu")[name]
+    data = measure.case_data(case, settings)
+    return measure.run(data, case.prepare(data)), data
+
+
+@pytest.mark.parametrize("data", cases.DATA)
+@pytest.mark.parametrize(
+    "names",
+    [
+        (cases.CROSS_ENTROPY, "F.linear_cross_entropy, chunked", "cross_entropy"),
+        ("focal, full logits", "focal"),
+        ("generalized_dice, full logits", "generalized_dice"),
+        (f"{MIX}, full logits", MIX),
+        (cases.CLASS_LOOP, "lovasz, on 512 rows of logits"),
+    ],
+    ids=lambda names: names[-1],
+)
+def test_what_is_compared_computes_the_same(names, data):
+    settings = cases.Settings(**{**vars(SETTINGS), "data": data})
+    names = [name for name in names if name in cases.all_cases("cpu")]
+    (first, data), *others = [value(name, settings) for name in names]
+    for other, its_data in others:
+        assert other == pytest.approx(first, rel=2e-5)
+        for mine, its in zip(data.inputs(), its_data.inputs(), strict=True):
+            torch.testing.assert_close(its.grad, mine.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+@pytest.mark.slow
+def test_liger_is_called_rightly():
+    """Through Triton's interpreter, which must be asked for before Triton is imported."""
+    code = f"""
+import sys; sys.path.insert(0, {str(FOLDER)!r})
+from cases import *
+settings = Settings(24, 16, 60, "float32", "cpu", "trained", 24)
+for prepare in full_logits(cross_entropy), liger:
+    print(float(prepare(make_data(settings))()))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected, found = map(float, done.stdout.split()[-2:])
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_data_as_of_a_trained_model():
+    settings = cases.Settings(1500, 256, 8000, "float32", "cpu", "trained", 1500)
+    trained = cases.describe(settings)
+    assert 0.4 < trained["mean p of the targets"] < 0.65
+    assert 200 < trained["classes in a document"] < 300
+    assert 2 < trained["errors that matter to lovasz, a row"] < 20
+    random = cases.describe(cases.Settings(**{**vars(settings), "data": "random"}))
+    assert random["mean p of the targets"] < 0.01
+
+
+@linux
+def test_peak_memory_counts_what_is_freed_again():
+    peak = measure.Peak("cpu")
+    torch.ones(40 << 18)  # 40 MB, freed at once
+    kept = torch.ones(16 << 18)
+    assert 40e6 < peak.bytes() < 50e6
+    del kept
+
+
+def test_ratios_are_those_of_a_round():
+    """A machine twice as slow in one round changes no ratio."""
+    table = {
+        "base": cases.Case("peer", None, "base"),
+        "half": cases.Case("fused", None, "base", time_limit=0.5, memory_limit=0.2),
+    }
+    figures = {"base": [(2.0, 100), (4.0, 100), (2.0, 100)], "half": [(1.0, 25), (2.0, 25), (1.2, 25)]}
+    records = [
+        {"case": name, "round": number, "seconds": [seconds], "bytes": size, "loss": 1.0}
+        for name, rounds in figures.items()
+        for number, (seconds, size) in enumerate(rounds)
+    ]
+    base, half = report.compare(table, records)
+    assert (base["time_ratio"], base["memory_ratio"], base["time_reached"]) == (1, 1, None)
+    assert (half["time_ratio"], half["time_ratio_min"], half["time_ratio_max"]) == (0.5, 0.5, 0.6)
+    assert (half["seconds"], half["seconds_min"], half["seconds_max"]) == (1.2, 1.0, 2.0)
+    assert (half["time_reached"], half["memory_ratio"], half["memory_reached"]) == (True, 0.25, False)
+
+
+@linux
+def test_what_is_written(bench, capsys):
+    folder = bench("--only=generalized_dice|lovasz|floor", "--rounds=2")
+    found = json.loads((folder / "loss_cost_cpu.json").read_text())
+    assert {"cpu", "cores", "torch threads", "memory", "date", "torch", "axolotl-cvloss"} <= set(found["machine"])
+    assert found["settings"]["rows"] == 96
+    assert found["settings"]["data"] == "trained"
+    assert 0 < found["data"]["mean p of the targets"] < 1
+    names = [row["case"] for row in found["results"]]
+    assert {cases.CROSS_ENTROPY, cases.CROSS_ENTROPY + cases.FROZEN, cases.CLASS_LOOP, MIX} <= set(names)
+    assert sorted(record["case"] for record in found["records"]) == sorted(2 * names)
+    assert [record["case"] for record in found["records"][: len(names)]] == names  # round after round
+    with (folder / "loss_cost_cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["case"] for line in lines] == names
+    for line in lines:
+        assert float(line["seconds_min"]) <= float(line["seconds"]) <= float(line["seconds_max"])
+        assert float(line["time_ratio"]) > 0
+        assert line["torch"] == torch.__version__
+    assert {line["case"]: line["time_limit"] for line in lines}[MIX] == "1.25"
+    assert (folder / "loss_cost_cpu.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(name.removesuffix(cases.FROZEN) in printed for name in names)
+
+
+@linux
+def test_check_ends_with_an_error_where_memory_is_above_its_limit(bench):
+    """At this size there is a single chunk, so a fused loss needs much of what full logits need."""
+    bench("--only=^focal$", "--rounds=1", "--rows=2000", "--vocab=4000", "--hidden=8")
+    with pytest.raises(SystemExit, match="memory limits missed: focal"):
+        bench("--only=^focal$", "--rounds=1", "--rows=2000", "--vocab=4000", "--hidden=8", "--check")
+
+
+@linux
+def test_growth(bench, monkeypatch):
+    monkeypatch.setattr(loss_cost, "GROWTH_ROWS", [32, 64])
+    monkeypatch.setattr(loss_cost, "GROWTH_ROWS_OF_VOCAB", 32)
+    monkeypatch.setattr(loss_cost, "GROWTH_VOCAB", [100, 400])
+    folder = bench("--growth", "--rounds=1")
+    with (folder / "growth_cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    found = {(int(line["rows"]), int(line["vocab"]), int(line["repeats"])) for line in lines}
+    assert found == {(32, 100, 4), (64, 100, 2), (32, 400, 1)}  # the same work at every point
+    assert len(lines) == 3 * len(loss_cost.GROWTH_CASES)
+    assert all(float(line["seconds"]) > 0 for line in lines)
+    assert (folder / "growth_cpu.png").stat().st_size > 10_000
+
+
+@linux
+def test_each_case_in_a_process_of_its_own(tmp_path):
+    """The command itself, with one case."""
+    command = [sys.executable, FOLDER / "loss_cost.py", *SHAPE, f"--out={tmp_path}", "--rounds=1"]
+    only = f"--only=^{cases.CROSS_ENTROPY}$"
+    done = subprocess.run([*command, only], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "round 1 of 1" in done.stdout
+    assert len(json.loads((tmp_path / "loss_cost_cpu.json").read_text())["results"]) == 1
+
+
+def test_a_case_that_fails_ends_the_run():
+    job = measure.Job("no such case", SETTINGS)
+    with pytest.raises(SystemExit, match="no such case"):
+        job.run_in_process()
+
+
+def test_limits_of_the_issue():
+    """Of losses and mixtures by family, on a CPU; singles of set-level losses have none."""
+    table = cases.all_cases("cpu")
+
+    def limits(name):
+        return table[name].time_limit, table[name].memory_limit
+
+    assert limits("focal") == limits("0.6 cross_entropy + 0.4 focal") == (0.95, 0.20)
+    assert limits(MIX) == (1.25, 0.25)
+    assert limits("0.6 cross_entropy + 0.4 lovasz") == (1.35, 0.30)
+    assert limits(f"0.6 cross_entropy + 0.4 lovasz{cases.FROZEN}") == (1.00, 0.20)
+    assert limits("lovasz") == limits("generalized_dice") == (None, None)
+    assert limits("lovasz, on 512 rows of logits") == (0.02, None)
+    assert table[f"focal{cases.FROZEN}"].base == cases.CROSS_ENTROPY + cases.FROZEN
+
+
+def test_steps_are_compared_on_the_same_batch():
+    def run(*seconds, size):
+        return {"seconds": list(seconds), "tokens": [10, 30], "bytes": size}
+
+    runs = {
+        training_step.HOST: [run(1.0, 3.0, size=100), run(2.0, 6.0, size=100)],
+        training_step.PLUGIN: [run(1.1, 3.3, size=90), run(2.2, 6.6, size=90)],
+    }
+    host, plugin = training_step.compare(runs)
+    assert host["tokens_per_second"] == pytest.approx(80 / 12)
+    assert (host["time_ratio"], host["memory_ratio"]) == (1, 1)
+    assert (plugin["time_ratio"], plugin["memory_ratio"]) == (pytest.approx(1.1), 0.9)
+    runs[training_step.PLUGIN][0]["tokens"] = [10, 31]
+    with pytest.raises(AssertionError, match="same batches"):
+        training_step.compare(runs)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.hosts
+def test_training_step(tmp_path):
+    pytest.importorskip("axolotl")
+    command = [sys.executable, FOLDER / "training_step.py", "--tiny", "--steps=4", "--repeats=1", "--batch=1"]
+    done = subprocess.run([*command, f"--out={tmp_path}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (written,) = tmp_path.glob("training_step_*.json")
+    rows = json.loads(written.read_text())["results"]
+    assert [row["case"] for row in rows] == [training_step.HOST, training_step.PLUGIN]
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["bytes"] > 1e8 for row in rows)
