@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Objective": "objective",
     "ObjectiveResult": "objective",
-    "install": "install",
-    "uninstall": "install",
+    "install": "installation",
+    "uninstall": "installation",
     "register_loss": "registry",
     "available_losses": "registry",
     "hookimpl": "hookspecs",

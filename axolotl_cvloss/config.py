@@ -214,6 +214,8 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                 there = ", ".join(name for name, loss in available_losses().items() if loss.reference)
                 problems.append(f"{KEY}.reference: the paper's code has no {term.loss}; allowed with it: {there}")
                 continue
+            if loss.per_set and term.per != "document":
+                problems.append(f"{KEY}.reference: the paper's code has sets of its own; leave per out of {term.loss}")
             known = inspect.signature(loss.reference).parameters
             for name, value in term.parameters.items():
                 if name not in known and value != loss.parameters.model_fields[name].default:

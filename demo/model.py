@@ -70,9 +70,7 @@ def losses(
 
 
 @torch.no_grad()
-def write_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]
-) -> list[str]:
+def write_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list[str]:
     """What the model writes greedily after each question."""
     prompts = tokenizer([example(problem)[0] for problem in problems], padding=True, return_tensors="pt")
     length = prompts.input_ids.shape[1]

@@ -13,11 +13,24 @@ Problem = dict[str, str]
 Key = tuple[int, ...]
 
 NAMES = {
-    "She": "Anna Beth Carla Dora Elsa Fay Gina Hanna Iris Judy Kira Lena".split(),
-    "He": "Adam Ben Carl Dan Emil Felix Gus Hugo Ivan Jack Kurt Leo".split(),
+    "She": ["Anna", "Beth", "Carla", "Dora", "Elsa", "Fay", "Gina", "Hanna", "Iris", "Judy", "Kira", "Lena"],
+    "He": ["Adam", "Ben", "Carl", "Dan", "Emil", "Felix", "Gus", "Hugo", "Ivan", "Jack", "Kurt", "Leo"],
 }
-THINGS = "apples beads books cards coins eggs pens plums shells stamps stones tickets".split()
-HOLDERS = "bags boxes jars baskets drawers trays".split()
+THINGS = [
+    "apples",
+    "beads",
+    "books",
+    "cards",
+    "coins",
+    "eggs",
+    "pens",
+    "plums",
+    "shells",
+    "stamps",
+    "stones",
+    "tickets",
+]
+HOLDERS = ["bags", "boxes", "jars", "baskets", "drawers", "trays"]
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 # A question, and the steps that solve it: what is done to the value so far, with which number of the question, and a

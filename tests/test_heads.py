@@ -245,3 +245,19 @@ def test_wrong_shapes_and_reference_are_refused():
         Objective.from_config("lovasz").from_hidden(hidden, weight, batch()["labels"][:, 1:])
     with pytest.raises(ValueError, match="from_logits"):
         Objective.from_config({"lovasz": 1, "reference": True}).from_hidden(hidden, weight, **batch())
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_called_head_whose_last_chunk_has_no_row_of_a_ranking_term(softcap, chunk):
+    """Looking at the columns of other chunks must not disturb the last one, which is still at hand."""
+    objective = Objective.from_config(
+        {"terms": [{"loss": "cross_entropy", "scope": "sequence"}, {"loss": "lovasz", "weight": 0.4}]}
+    )
+    rows, (hidden, weight, bias) = batch(trained=slice(2, 6)), tensors()
+    wanted = (True, True, True)
+    result, grads = expected(objective, rows, hidden, weight, bias, 1.0, softcap, wanted)
+    leaf, head = hidden.clone().requires_grad_(), linear(weight, bias, wanted)
+    found = objective.from_hidden(leaf, nn.Sequential(head), **rows, softcap=softcap)
+    torch.testing.assert_close(found.loss, result.loss)
+    for grad, right in zip(torch.autograd.grad(found.loss, [leaf, head.weight, head.bias]), grads, strict=True):
+        torch.testing.assert_close(grad, right)

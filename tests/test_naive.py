@@ -69,8 +69,7 @@ BY_HAND = {
     "confidence_penalty": [
         (
             {"coefficient": 0.5},
-            (math.log(4) - 0.5 * (math.log(4) / 4 + 0.75 * math.log(4 / 3)) + math.log(2) - 0.5 * math.log(2))
-            / 2,
+            (math.log(4) - 0.5 * (math.log(4) / 4 + 0.75 * math.log(4 / 3)) + math.log(2) - 0.5 * math.log(2)) / 2,
         )
     ],
     "dft": [({}, (math.log(4) / 4 + math.log(2) / 2) / 2)],
@@ -84,9 +83,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "wanted"), [(k, *v) for k, rows in BY_HAND.items() for v in rows]
-)
+@pytest.mark.parametrize(("name", "parameters", "wanted"), [(k, *v) for k, rows in BY_HAND.items() for v in rows])
 def test_by_hand(name, parameters, wanted):
     value = NAIVE[name](from_probabilities(*TWO_ROWS), torch.tensor([0, 1]), **parameters)
     assert value.item() == pytest.approx(wanted)
@@ -297,7 +294,5 @@ def test_unified_focal_by_hand():
     focal = 0.6 * (math.sqrt(3 / 4) * math.log(4) + math.sqrt(1 / 2) * math.log(2)) / 2
     first = 1 - 0.25 / (0.25 + 0.4 * 0.5 + 0.6 * 0.75)
     second = 1 - 0.5 / (0.5 + 0.4 * 0.75 + 0.6 * 0.5)
-    value = NAIVE["unified_focal"](
-        from_probabilities(*TWO_ROWS), torch.tensor([0, 1]), focal_weight=0.3, smooth=0.0
-    )
+    value = NAIVE["unified_focal"](from_probabilities(*TWO_ROWS), torch.tensor([0, 1]), focal_weight=0.3, smooth=0.0)
     assert value.item() == pytest.approx(0.3 * focal + 0.7 * (math.sqrt(first) + math.sqrt(second)) / 2)

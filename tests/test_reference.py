@@ -14,8 +14,7 @@ from axolotl_cvloss.losses import reference
 LOSSES = ["cross_entropy", "focal", "self_adjusting_dice", "generalized_dice", "lovasz"]
 CASES = ["all_classes_present", "masked_prompt", "wide_vocab", "confident", "one_token"]
 GOLDEN = Path(
-    os.environ.get("CVLOSS_GOLDEN")
-    or Path(__file__).resolve().parents[1] / "../shared/golden/reference_losses.npz"
+    os.environ.get("CVLOSS_GOLDEN") or Path(__file__).resolve().parents[1] / "../shared/golden/reference_losses.npz"
 )
 
 

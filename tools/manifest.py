@@ -8,8 +8,8 @@ import yaml
 
 from axolotl_cvloss import __version__, available_losses
 from axolotl_cvloss.config import KEY, CVLossConfig, TermConfig
-from axolotl_cvloss.hosts.axolotl import CVLossArgs, CVLossPlugin
 from axolotl_cvloss.hookspecs import PROJECT
+from axolotl_cvloss.hosts.axolotl import CVLossArgs, CVLossPlugin
 
 PATH = Path(__file__).parent.parent / "plugin.yaml"
 HOSTS = ("axolotl", "transformers", "trl", "accelerate", "peft", "torch")
@@ -45,7 +45,8 @@ def _fields(model: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if not field.exclude:
-            fields[name] = {"description": field.description} | ({} if field.is_required() else {"default": field.default})
+            default = {} if field.is_required() else {"default": field.default}
+            fields[name] = {"description": field.description, **default}
     return fields
 
 

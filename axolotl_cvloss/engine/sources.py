@@ -241,22 +241,23 @@ class ModuleSource(HeadSource):
         self.dtype = statistics_dtype(probe.dtype)
         self._seeds: dict[int, int] | None = {} if random else None
 
+    def _call(self, rows: slice, hidden: Tensor) -> Tensor:
+        if self._seeds is None:
+            return self.head(hidden)
+        seed = self._seeds.setdefault(rows.start, int(torch.randint(2**31, ())))
+        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+            torch.manual_seed(seed)
+            return self.head(hidden)
+
     def _affine(self, rows: slice) -> Tensor:
         leaf = self.hidden[rows].requires_grad_(self.wanted[0])
         with torch.set_grad_enabled(any(self.wanted)):
-            if self._seeds is None:
-                logits = self.head(leaf)
-            else:
-                seed = self._seeds.setdefault(rows.start, int(torch.randint(2**31, ())))
-                devices = [leaf.device] if leaf.is_cuda else []
-                with torch.random.fork_rng(devices):
-                    torch.manual_seed(seed)
-                    logits = self.head(leaf)
-        self._graph = leaf, logits
-        return logits.detach().to(self.dtype, copy=True)
+            self._graph = leaf, self._call(rows, leaf)
+        return self._graph[1].detach().to(self.dtype, copy=True)
 
     def columns(self, rows: slice, columns: Tensor) -> Tensor:
-        return self.logits(rows)[:, columns]
+        with torch.no_grad():
+            return self._process(self._call(rows, self.hidden[rows])[:, columns].to(self.dtype))
 
     def _pull_affine(self, rows: slice, dz: Tensor) -> None:
         wanted = [i for i, w in enumerate(self.wanted) if w]

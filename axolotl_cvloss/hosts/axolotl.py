@@ -10,7 +10,7 @@ try:
     from pydantic import BaseModel, Field, model_validator
 
     from ..config import KEY, CVLossConfig
-    from ..install import install, installation
+    from ..installation import install, installation
     from ..objective import Objective
     from .transformers import ObjectiveTrainer, attach
 except ImportError as error:

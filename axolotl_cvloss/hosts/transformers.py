@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..install import Installation, installation
+from ..installation import Installation, installation
 from ..objective import ObjectiveResult
 from ..rows import SCOPES, select_rows
 

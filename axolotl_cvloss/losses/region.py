@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hookspecs import hookimpl
 from . import reference
-from .bounds import NonNegative
+from .bounds import NonNegative, Positive
 
 
 def tversky(
@@ -17,7 +17,7 @@ def tversky(
     predicted: Tensor,
     labelled: Tensor,
     alpha: NonNegative = 0.3,
-    beta: NonNegative = 0.7,
+    beta: Positive = 0.7,
     smooth: NonNegative = 1.0,
 ) -> Tensor:
     """Overlap with a price of its own for false positives (``alpha``) and for misses (``beta``).

@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from axolotl_cvloss import Objective, install, uninstall
-from axolotl_cvloss.install import installation
+from axolotl_cvloss.installation import installation
 
 MIX = {"cross_entropy": 0.6, "lovasz": 0.4}
 HEADS = ("fused", "logits")
