@@ -1,7 +1,6 @@
 """A model's head: run something of ours in its place, so that the logits of a batch never exist."""
 
 from collections.abc import Callable
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -26,6 +25,8 @@ class HeadTap:
         self._head: Head | None = None
         self._take: Callable[[Tensor, Head], None] | None = None
         self._probe = False
+        # Made once: with another function at every step, torch.compile would compile at every step.
+        self._uncompiled = torch.compiler.disable(HeadTap._forward)
 
     def find(self) -> nn.Module | None:
         """The head, or None where the model has none that transformers can name."""
@@ -39,7 +40,7 @@ class HeadTap:
         own = module.__dict__
         saved = own.get("forward")
         self._head, self._take, self._probe = Head(module, module.forward), take, probe
-        own["forward"] = MethodType(_uncompiled_forward(), self)
+        own["forward"] = MethodType(self._uncompiled, self)
         try:
             return forward()
         finally:
@@ -56,12 +57,6 @@ class HeadTap:
             with torch.no_grad():
                 return self._head.forward(probed(hidden_states))
         return hidden_states.detach()[..., :1]
-
-
-@cache
-def _uncompiled_forward() -> Callable[..., Tensor]:
-    """Made on first use, as it loads the compiler; always the same, or torch.compile would compile at every step."""
-    return torch.compiler.disable(HeadTap._forward)
 
 
 def probed(hidden_states: Tensor) -> Tensor:
