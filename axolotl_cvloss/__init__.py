@@ -35,13 +35,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    except ImportError as error:
-        if name == "CVLossPlugin":
-            # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
-            raise RuntimeError(f"axolotl_cvloss.{name} cannot be loaded, so the run stops here: {error}") from error
-        raise
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -119,6 +119,8 @@ def bar_chart(path: Path, rows: Sequence[Row], title: str) -> None:
     plt = _pyplot()
     rows = [row for row in rows if row["base"] != CLASS_LOOP]  # one bar there would be 50 times the other
     bases = list(dict.fromkeys(row["base"] for row in rows))
+    if not bases:
+        return
     groups = [[row for row in rows if row["base"] == base and row["kind"] != "floor"] for base in bases]
     figure, axes = plt.subplots(
         len(bases),
