@@ -56,6 +56,8 @@ class Loss:
     formula: str
     source: str
     summary: str
+    helps: str = ""
+    hurts: str = ""
     reference: Callable[..., Any] | None = None
     only_if: dict[str, str] = field(default_factory=dict)
 
@@ -77,8 +79,8 @@ def register_loss(
     """Make a function a loss that the ``cv_loss`` key knows by ``name``.
 
     The arguments of the function without a default are the statistics it needs; ``FAMILIES`` lists them. Its
-    arguments with a default become YAML parameters, with the bounds of their annotations. The lines ``Formula:``
-    and ``Source:`` of its docstring are shown to users.
+    arguments with a default become YAML parameters, with the bounds of their annotations. The lines ``Formula:``,
+    ``Source:``, ``Helps:`` and ``Hurts:`` of its docstring are shown to users.
 
     Args:
         name: The key in the YAML; lower case letters, digits and underscores.
@@ -132,6 +134,8 @@ def register_loss(
             formula=_docline(text, "Formula"),
             source=_docline(text, "Source"),
             summary=text.split("\n", 1)[0],
+            helps=_docline(text, "Helps"),
+            hurts=_docline(text, "Hurts"),
             reference=reference,
             only_if=only_if or {},
         )
