@@ -1,21 +1,45 @@
 """The ``cv_loss`` key: its models, its spellings, and messages that say what was wrong and what is allowed."""
 
 import inspect
+import math
 import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from .registry import Loss, available_losses, nearest
 
 KEY = "cv_loss"
+SET_FIELDS = ("per", "reduce")  # of a term, where its loss has one value a set
 MOST_PROBLEMS = 10  # that one message lists
 
 
 class ConfigError(ValueError):
     """The ``cv_loss`` key is wrong; the message lists every problem."""
+
+
+class Schedule(BaseModel):
+    """A number that changes over training."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    start: float = Field(alias="from", description="The value at the beginning.")
+    to: float = Field(description="The value it comes to, and keeps.")
+    over: float = Field(1.0, gt=0, le=1, description="The fraction of training after which it is there.")
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __str__(self) -> str:
+        return f"({self.start:g} to {self.to:g})"
+
+    def at(self, progress: float) -> float:
+        """The value after a fraction of training."""
+        way = min(1.0, progress / self.over)
+        if self.shape == "cosine":
+            way = (1 - math.cos(math.pi * way)) / 2
+        return self.start + (self.to - self.start) * way
 
 
 class TermConfig(BaseModel):
@@ -31,14 +55,23 @@ class TermConfig(BaseModel):
     per: Literal["document", "batch"] = Field(
         "document", description="What one set is for a set-level loss: a document, or the micro-batch."
     )
+    reduce: Literal["local", "global"] = Field(
+        "local", description="With per: batch, whether a set is the micro-batch of one process, or of all together."
+    )
     parameters: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    schedules: dict[str, Schedule] = Field(default_factory=dict, exclude=True)
 
     def dump(self) -> dict[str, Any]:
         """The long form, every value spelt out."""
         fields = self.model_dump()
         if not available_losses()[self.loss].per_set:
-            del fields["per"]
-        return {**fields, **self.parameters}
+            fields = {name: value for name, value in fields.items() if name not in SET_FIELDS}
+        schedules = {name: schedule.model_dump(by_alias=True) for name, schedule in self.schedules.items()}
+        return {**fields, **self.parameters, **schedules}
+
+
+# What may stand in the YAML beside the parameters of the loss.
+TERM_FIELDS = tuple(name for name, field in TermConfig.model_fields.items() if not field.exclude)
 
 
 class CVLossConfig(BaseModel):
@@ -81,6 +114,11 @@ class CVLossConfig(BaseModel):
             raise ConfigError("\n".join(problems[:MOST_PROBLEMS] + [f"{KEY}: {more} more problems"] * (more > 0)))
         assert config is not None
         return config
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether some term cannot do without the logits of all rows."""
+        return self.reference or any(available_losses()[term.loss].family == "dense" for term in self.terms)
 
     def dump(self) -> dict[str, Any]:
         """The long form as plain data; ``parse`` reads it back."""
@@ -142,13 +180,38 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
         problems.append(f"{where}: {what}; {hint}allowed: {', '.join(losses)}")
         return None
     loss = losses[name]
-    own = {field: given[field] for field in TermConfig.model_fields if field in given and field != "parameters"}
-    rest = {_word(k): v for k, v in given.items() if k not in own}
+    given = {_word(key): value for key, value in given.items()}
+    numbers = {"weight", *(n for n, field in loss.parameters.model_fields.items() if field.annotation is float)}
+    scheduled = {key for key, value in given.items() if key in numbers and _is_schedule(value)}
+    schedules = {key: _validate(Schedule, given[key], f"{where}.{key}", problems) for key in scheduled}
+    if None in schedules.values():
+        return None
+    # Both ends of a schedule must be allowed.
+    given = {**given, **{key: schedule.start for key, schedule in schedules.items()}}
+    last = {**given, **{key: schedule.to for key, schedule in schedules.items()}}
+    first = _term_of(loss, given, where, problems)
+    if first is None or (schedules and _term_of(loss, last, where, problems) is None):
+        return None
+    first.schedules = schedules
+    return first
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("from" in value or "to" in value)
+
+
+def _term_of(loss: Loss, given: Mapping[str, Any], where: str, problems: list[str]) -> TermConfig | None:
+    own = {field: given[field] for field in TERM_FIELDS if field in given}
+    rest = {key: value for key, value in given.items() if key not in own}
     term = _validate(TermConfig, own, where, problems)
     parameters = _validate(loss.parameters, rest, where, problems, owner=loss)
-    if "per" in own and not loss.per_set:
-        problems.append(f"{where}.per: {name} has one value a row, so it knows no sets; leave per out")
+    for field in SET_FIELDS:
+        if field in own and not loss.per_set:
+            problems.append(f"{where}.{field}: {loss.name} has one value a row, so it knows no sets; leave {field} out")
     if term is None or parameters is None:
+        return None
+    if loss.per_set and term.reduce == "global" and term.per != "batch":
+        problems.append(f"{where}.reduce: global joins the batches of all processes; it needs per: batch")
         return None
     term.parameters = parameters.model_dump()
     return term
@@ -165,7 +228,7 @@ def _validate(
     """An instance of the model, or None after adding to the problems."""
     count = len(problems)
     for name, value in fields.items():
-        if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
+        if isinstance(value, bool) and (field := _field(model, name)) is not None and field.annotation is not bool:
             problems.append(f"{where}.{name}: must be {_allowed(model, name)}, not {_show(value)}")
     try:
         instance = model.model_validate(fields)
@@ -175,11 +238,13 @@ def _validate(
             if name == skip:
                 continue
             if problem["type"] == "extra_forbidden":
-                known = [n for n in model.model_fields if n != "parameters"]
+                known = [field.alias or n for n, field in model.model_fields.items() if not field.exclude]
                 if owner is not None:
-                    known += [n for n in TermConfig.model_fields if n not in ("parameters", "loss")]
+                    known += [n for n in TERM_FIELDS if n != "loss" and (owner.per_set or n not in SET_FIELDS)]
                 whose = f"parameter of {owner.name}" if owner else "field"
                 message = f"unknown {whose}; {nearest(name, known)}allowed: {', '.join(known)}"
+            elif problem["type"] == "missing":
+                message = f"is missing; give {_allowed(model, name)}"
             else:
                 message = f"must be {_allowed(model, name)}, not {_show(problem['input'])}"
             if not any(p.startswith(f"{where}.{name}: ") for p in problems[count:]):
@@ -191,9 +256,15 @@ def _validate(
     return None if len(problems) > count else instance
 
 
+def _field(model: type[BaseModel], name: str) -> FieldInfo | None:
+    """A field by its name in the YAML."""
+    return next((field for n, field in model.model_fields.items() if name == (field.alias or n)), None)
+
+
 def _allowed(model: type[BaseModel], name: str) -> str:
     """What a field takes, in words, from its annotation and bounds."""
-    field = model.model_fields[name]
+    field = _field(model, name)
+    assert field is not None
     choices = getattr(field.annotation, "__args__", None)
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"one of {', '.join(choices)}"
@@ -205,8 +276,14 @@ def _allowed(model: type[BaseModel], name: str) -> str:
 
 
 def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
-    if not any(term.weight for term in config.terms):
+    if not any(term.weight or "weight" in term.schedules for term in config.terms):
         problems.append(f"{KEY}: every weight is 0, so nothing would be trained; give one term a weight above 0")
+    for term in config.terms:
+        if available_losses()[term.loss].family == "dense":
+            if config.head == "fused":
+                problems.append(f"{KEY}.head: {term.loss} is written on full logits; allowed with it: auto, logits")
+            if term.reduce == "global":
+                problems.append(f"{KEY}.reduce: {term.loss} is written on full logits; allowed with it: local")
     if config.reference:
         for term in config.terms:
             loss = available_losses()[term.loss]

@@ -132,7 +132,8 @@ class Installation:
 
     def _wants_fused(self) -> bool:
         keep_logits = not self.model.training if self.keep_logits is None else self.keep_logits
-        if self.objective.config.head == "logits" or self.objective.config.reference or keep_logits:
+        config = self.objective.config
+        if config.head == "logits" or config.needs_logits or keep_logits:
             return False
         if self._fusable is None and self._tap.find() is None:
             self._refuse("get_output_embeddings() of the model gives no head")

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .config import CVLossConfig
 from .engine.compute import Outcome, compute
+from .engine.dense import add_dense
 from .engine.evaluate import Term
+from .engine.sets import SetCounts
 from .engine.sources import Head, LinearSource, LogitSource, ModuleSource, TensorSource
 from .registry import available_losses
 from .rows import IGNORE_INDEX, Rows, aligned_labels, select_rows
@@ -27,6 +29,7 @@ class ObjectiveResult:
     nll: mean -log p of the trained rows, in nats, detached; there whatever the terms are.
     n_tokens: number of trained rows.
     counts: for each term, the number of rows its mean is over.
+    sets: for each set-level term, the number of sets, and of classes present in them.
     """
 
     loss: Tensor
@@ -34,6 +37,7 @@ class ObjectiveResult:
     nll: Tensor
     n_tokens: int
     counts: dict[str, int] = field(default_factory=dict)
+    sets: dict[str, SetCounts] = field(default_factory=dict)
 
 
 class Objective:
@@ -51,7 +55,11 @@ class Objective:
         for term in config.terms:
             same = sum(t.loss.name == term.loss for t in self.terms)
             name = f"{term.loss}_{same + 1}" if same else term.loss
-            self.terms.append(Term(name, losses[term.loss], term.weight, term.scope, term.per, term.parameters))
+            per = "global" if term.reduce == "global" else term.per
+            self.terms.append(
+                Term(name, losses[term.loss], term.weight, term.scope, per, term.parameters, term.schedules)
+            )
+        self.advance(0.0)
         self.scopes = tuple(dict.fromkeys(["completion", *(term.scope for term in self.terms)]))
 
     @classmethod
@@ -63,8 +71,17 @@ class Objective:
         """
         return cls(CVLossConfig.parse(config))
 
+    def advance(self, progress: float) -> None:
+        """Set weights and parameters that follow a schedule to their values after a fraction of training, 0 to 1."""
+        for term in self.terms:
+            term.advance(progress)
+
     def __str__(self) -> str:
-        return " + ".join(f"{term.weight:g} {term.name}" for term in self.terms) + (
+        def weight(term: Term) -> str:
+            schedule = term.schedules.get("weight")
+            return f"{term.weight:g}" if schedule is None else str(schedule)
+
+        return " + ".join(f"{weight(term)} {term.name}" for term in self.terms) + (
             " (the paper's code)" if self.config.reference else ""
         )
 
@@ -140,8 +157,9 @@ class Objective:
             softcap: Bound of the logits.
         """
         _check_shapes("hidden_states", "H", hidden_states, labels)
-        if self.config.reference:
-            raise ValueError("cv_loss.reference: the paper's code needs logits; use from_logits")
+        if self.config.needs_logits:
+            which = "the paper's code" if self.config.reference else "a term of the family dense"
+            raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
         labels = labels.to(hidden_states.device)
         rows = select_rows(
             labels,
@@ -160,17 +178,24 @@ class Objective:
         _check_labels(rows.labels, source.vocab_size)
         counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
         denominators = _denominators(counts, num_items_in_batch)
+        dense = [term for term in self.terms if term.loss.family == "dense"]
+        others = [term for term in self.terms if term not in dense]
+        # With no other term there is still the NLL, which wants no gradient.
         with torch.autocast(rows.labels.device.type, enabled=False):
-            outcome = compute(source, self.terms, rows, counts, denominators)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(others)):
+                outcome = compute(source, others, rows, counts, denominators, averaged=num_items_in_batch is None)
+            if dense:
+                outcome = add_dense(outcome, source.tensors[0], dense, rows, counts, denominators)
         return self._result(outcome, counts)
 
     def _result(self, outcome: Outcome, counts: dict[str, int]) -> ObjectiveResult:
         return ObjectiveResult(
             loss=outcome.loss,
-            terms=outcome.means,
+            terms={term.name: outcome.means[term.name] for term in self.terms},
             nll=outcome.nll,
             n_tokens=counts["completion"],
             counts={term.name: counts[term.scope] for term in self.terms},
+            sets=outcome.sets,
         )
 
     def _reference(

@@ -39,9 +39,14 @@ FAMILIES: dict[str, dict[str, str]] = {
     "document": {
         "logp": "(n,) log-probability of the target of each row of one set",
     },
+    "dense": {
+        "logits": "(n, V) logits of the rows of one set, float32 or float64",
+        "probabilities": "(n, V) their softmax",
+        "labels": "(n,) their targets",
+    },
 }
-SET_FAMILIES = ("region", "ranking", "document")
-RESERVED = ("loss", "weight", "scope", "per", "terms", "head", "reference")
+SET_FAMILIES = ("region", "ranking", "document", "dense")
+RESERVED = ("loss", "weight", "scope", "per", "reduce", "terms", "head", "reference")
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def register_loss(
         name: The key in the YAML; lower case letters, digits and underscores.
         family: ``token`` gives one value a row from log p; ``row`` one value a row from the logits; ``region``
             a value a class, or one value, from class sums of a set of rows; ``ranking`` a value a class from sorted
-            errors; ``document`` one value from the log-probabilities of a set.
+            errors; ``document`` one value from the log-probabilities of a set; ``dense`` one value, or one a row,
+            from all logits of a set, by autograd, which takes the memory that the other families save.
         reference: The form in the paper's code, ``reference(logits, labels, **parameters)``, for
             ``reference: true``.
         only_if: Statistics needed only where a parameter is not 0, such as ``{"mean_logit": "label_smoothing"}``;

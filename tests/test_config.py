@@ -14,13 +14,13 @@ LOSSES = available_losses()
 NAMES = ", ".join(LOSSES)
 MIX = [
     {"loss": "cross_entropy", "weight": 0.6, "scope": "completion", "label_smoothing": 0.0},
-    {"loss": "lovasz", "weight": 0.4, "scope": "completion", "per": "document", "tolerance": 0.0},
+    {"loss": "lovasz", "weight": 0.4, "scope": "completion", "per": "document", "reduce": "local", "tolerance": 0.0},
 ]
 
 
 def term(loss, **fields):
     """A term in full: the defaults of the key and of the loss, and what is given."""
-    sets = {"per": "document"} if LOSSES[loss].per_set else {}
+    sets = {"per": "document", "reduce": "local"} if LOSSES[loss].per_set else {}
     defaults = {name: field.default for name, field in LOSSES[loss].parameters.model_fields.items()}
     return {"loss": loss, "weight": 1.0, "scope": "completion", **sets, **defaults, **fields}
 
@@ -219,12 +219,12 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         (
             {"focal": {"gama": 3}},
             "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? "
-            "allowed: gamma, alpha, weight, scope, per",
+            "allowed: gamma, alpha, weight, scope",
         ),
         (
             {"focal": {"wieght": 3}},
             "cv_loss.focal.wieght: unknown parameter of focal; did you mean weight? "
-            "allowed: gamma, alpha, weight, scope, per",
+            "allowed: gamma, alpha, weight, scope",
         ),
         ({"focal": {"scope": "prompt"}}, "cv_loss.focal.scope: must be one of completion, sequence, not 'prompt'"),
         ({"lovasz": {"per": "row"}}, "cv_loss.lovasz.per: must be one of document, batch, not 'row'"),

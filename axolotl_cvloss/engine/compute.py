@@ -7,17 +7,18 @@ head's weight is kept from the first visit, and the second needs no logits at al
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rows import Rows
+from . import ranks
 from .entries import Entries, collect_entries
 from .evaluate import Term, row_values, set_values
 from .gradient import LogitGradient, softmax_
-from .sets import Sets, Window
+from .sets import SetCounts, Sets, Window
 from .sources import LogitSource
 
 CHUNK_BYTES = {"cpu": 64 << 20}  # of logits at a time
@@ -33,6 +34,7 @@ class Outcome:
     loss: Tensor
     means: dict[str, Tensor]
     nll: Tensor
+    sets: dict[str, SetCounts] = field(default_factory=dict)
 
 
 def compute(
@@ -41,19 +43,30 @@ def compute(
     rows: Rows,
     counts: dict[str, int],
     denominators: dict[str, Tensor | float],
+    averaged: bool = False,
 ) -> Outcome:
     """Value and gradient of the terms on the rows of a source; the loss is differentiable in ``source.tensors``.
 
     Args:
         counts: Number of rows of each scope.
         denominators: What the sum over the rows of a scope is divided by.
+        averaged: These are the rows of one process, and the gradients of all processes will be averaged, not summed.
     """
-    pass_ = _Pass(source, terms, rows, denominators)
+    pass_ = _Pass(source, terms, rows, denominators, averaged)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in source.tensors]
     loss = _Engine.apply(pass_, wanted, *source.tensors) if any(wanted) else pass_.run(wanted)
     means = {t.name: pass_.sums[t.name] / max(1, counts[t.scope]) for t in terms}
     nll = -torch.where(rows.scopes["completion"], pass_.logp, 0).sum() / max(1, counts["completion"])
-    return Outcome(loss, means, nll)
+    sets = {t.name: pass_.groups[t.scope, t.per].counted() for t in pass_.set_terms}
+    return Outcome(loss, means, nll, sets)
+
+
+def sets_of(rows: Rows, scope: str, per: str, vocab_size: int) -> Sets:
+    """The sets of a scope: its documents, or all its rows at once, here or on all processes."""
+    members = rows.scopes[scope].nonzero().squeeze(1)
+    documents = rows.documents[members]
+    numbers = documents if per == "document" else torch.zeros_like(documents)
+    return Sets(rows.labels, members, numbers, vocab_size, joint=per == "global")
 
 
 class _Engine(torch.autograd.Function):
@@ -83,9 +96,14 @@ class _Pass:
     """One evaluation of an objective on one batch."""
 
     def __init__(
-        self, source: LogitSource, terms: Sequence[Term], rows: Rows, denominators: dict[str, Tensor | float]
+        self,
+        source: LogitSource,
+        terms: Sequence[Term],
+        rows: Rows,
+        denominators: dict[str, Tensor | float],
+        averaged: bool,
     ) -> None:
-        self.source, self.rows, self.denominators = source, rows, denominators
+        self.source, self.rows, self.denominators, self.averaged = source, rows, denominators, averaged
         self.token_terms = [t for t in terms if t.loss.family == "token"]
         self.row_terms = [t for t in terms if t.loss.family == "row"]
         self.set_terms = [t for t in terms if t.loss.family not in ("token", "row")]
@@ -99,19 +117,14 @@ class _Pass:
         self.logp, self.lse = self.statistics["logp"], self.statistics["lse"]
         self.loss = self.logp.new_zeros(())
         self.sums = {t.name: self.logp.new_zeros(()) for t in terms}  # unweighted
-        self.groups = {group: self._sets(*group) for group in {(t.scope, t.per) for t in self.set_terms}}
+        groups = sorted({(t.scope, t.per) for t in self.set_terms})  # in one order on all processes
+        self.groups = {group: sets_of(rows, *group, source.vocab_size) for group in groups}
         self.windows = {g: [sets.window(chunk) for chunk in self.chunks] for g, sets in self.groups.items()}
         self.predicted = {
             group: torch.zeros(len(self.groups[group].labelled), dtype=source.dtype, device=device)
             for group in {(t.scope, t.per) for t in self.set_terms if t.loss.family == "region"}
         }
         self.entries: dict[str, Entries] = {}
-
-    def _sets(self, scope: str, per: str) -> Sets:
-        members = self.rows.scopes[scope].nonzero().squeeze(1)
-        documents = self.rows.documents[members]
-        numbers = documents if per == "document" else torch.zeros_like(documents)
-        return Sets(self.rows.labels, members, numbers, self.source.vocab_size)
 
     def run(self, wanted: Sequence[bool]) -> Tensor:
         """The loss; ``source.gradients()`` has its gradients then, where any are wanted."""
@@ -139,6 +152,9 @@ class _Pass:
                 self.entries[term.name] = collect_entries(
                     self.groups[group], self.logp, tolerance, self.windows[group], self._p_at
                 )
+        for group, sums in self.predicted.items():
+            if self.groups[group].joint:
+                self.predicted[group] = ranks.sum_over(sums)
         grads = self._evaluate(gradient)
         if not gradient:
             return self.loss
@@ -200,16 +216,21 @@ class _Pass:
             leaf.requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             total = self._row_sum(self.token_terms, slice(0, len(self.logp)), self.statistics)
+            self.loss += total.detach()
             for term in self.set_terms:
                 group = term.scope, term.per
                 sets = self.groups[group]
                 if not len(sets):
                     continue
                 values = set_values(term, sets, self.logp, self.predicted.get(group), self.entries.get(term.name))
-                value = (values * sets.sizes).sum()
-                self.sums[term.name] += value.detach()
-                total = total + term.weight * value / self.denominators[term.scope]
-        self.loss += total.detach()
+                denominator = self.denominators[term.scope]
+                # The gradient of the rows here is that of the whole set, also where other processes hold parts of it;
+                # of its value each process reports its share.
+                here = (values.detach() * sets.parts).sum()
+                self.sums[term.name] += here
+                self.loss += term.weight * here / denominator
+                rows = sets.parts * ranks.world_size() if sets.joint and self.averaged else sets.sizes
+                total = total + term.weight * (values * rows).sum() / denominator
         grads = _cotangents(total, named.values())
         for leaf in named.values():
             leaf.requires_grad_(False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ranks
 from .sets import Sets, Window
 
 
@@ -39,6 +40,8 @@ def collect_entries(
     """
     own = -logp[sets.members].expm1()
     limit = own.new_full((len(sets.labelled),), torch.inf).scatter_reduce(0, sets.row_pair, own, "amin")
+    if sets.joint:
+        limit = ranks.least_of(limit)
     limit.clamp_min_(tolerance)
     numbers = torch.arange(len(limit), device=limit.device)
     found = [(logp[:0], numbers[:0], numbers[:0], numbers[:0])]
@@ -63,6 +66,9 @@ def sorted_errors(sets: Sets, logp: Tensor, entries: Entries) -> dict[str, Tenso
     own = -logp[sets.members].expm1()
     errors = torch.cat([own, entries.values])
     segment = torch.cat([sets.row_pair, entries.pairs])
+    foreground = torch.arange(len(errors), device=errors.device) < len(own)
+    if sets.joint:
+        errors, segment, foreground = (ranks.joined(part) for part in (errors, segment, foreground))
     order = errors.detach().argsort(descending=True)
     order = order[segment[order].argsort(stable=True)]
-    return {"errors": errors[order], "segment": segment[order], "foreground": order < len(own)}
+    return {"errors": errors[order], "segment": segment[order], "foreground": foreground[order]}

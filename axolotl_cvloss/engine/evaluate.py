@@ -1,6 +1,6 @@
 """Evaluate: the value of each term from the statistics, in plain PyTorch, so that autograd gives their cotangents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,9 +28,18 @@ class LossFunction(Protocol):
     def reference(self) -> Callable[..., Tensor] | None: ...
 
 
+class Changing(Protocol):
+    """A number that changes over training; ``config.Schedule`` is one."""
+
+    def at(self, progress: float) -> float: ...
+
+
 @dataclass
 class Term:
-    """A weighted loss of an objective."""
+    """A weighted loss of an objective.
+
+    ``per`` is what one set is: ``document``, ``batch``, or ``global``, the batches of all processes together.
+    """
 
     name: str
     loss: LossFunction
@@ -38,6 +47,15 @@ class Term:
     scope: str = "completion"
     per: str = "document"
     parameters: dict[str, Any] = field(default_factory=dict)
+    schedules: Mapping[str, Changing] = field(default_factory=dict)
+
+    def advance(self, progress: float) -> None:
+        """Set the weight and the parameters that follow a schedule to their values after a fraction of training."""
+        for name, schedule in self.schedules.items():
+            if name == "weight":
+                self.weight = schedule.at(progress)
+            else:
+                self.parameters = {**self.parameters, name: schedule.at(progress)}
 
     def needs(self, statistic: str) -> bool:
         parameter = self.loss.only_if.get(statistic)
@@ -61,7 +79,7 @@ def row_values(term: Term, mask: Tensor, **statistics: Tensor) -> Tensor:
 def set_values(term: Term, sets: Sets, logp: Tensor, predicted: Tensor | None, entries: Entries | None) -> Tensor:
     """The value of a set-level term for each set, (D,)."""
     if term.loss.family == "document":
-        values = [term(logp=part) for part in logp[sets.members].split(sets.counts)]
+        values = [term(logp=part) for part in sets.split(logp)]
         return torch.stack([value.mean() for value in values])
     labelled = sets.labelled.to(logp.dtype)
     if term.loss.family == "ranking":

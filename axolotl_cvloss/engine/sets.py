@@ -3,10 +3,22 @@
 A pair (d, c) is a class c present among the labels of a set d. Class sums and sorted errors live on pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from . import ranks
+
+
+@dataclass(frozen=True)
+class SetCounts:
+    """How many sets there are here, and how many classes in all of them together. Of a set of all processes, each has a
+    share, so that sums over processes are right."""
+
+    sets: float
+    classes: float
 
 
 @dataclass
@@ -45,21 +57,33 @@ class Sets:
         members: (M,) the rows that belong to a set, rising.
         numbers: (M,) the set of each of them, not decreasing.
         vocab_size: V.
+        joint: The rows of all processes make one set, of which each holds a part.
     """
 
-    def __init__(self, labels: Tensor, members: Tensor, numbers: Tensor, vocab_size: int) -> None:
+    def __init__(
+        self, labels: Tensor, members: Tensor, numbers: Tensor, vocab_size: int, joint: bool = False
+    ) -> None:
         numbers, sizes = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)[1:]
         pairs, row_pair, labelled = torch.unique(
             numbers * vocab_size + labels[members], return_inverse=True, return_counts=True
         )
+        self.joint = joint and ranks.world_size() > 1
+        self.parts = sizes  # (D,) rows of each set that are here
+        if self.joint:
+            own, pairs = pairs, ranks.joined(pairs).unique()
+            place = torch.searchsorted(pairs, own)
+            labelled = ranks.sum_over(torch.zeros_like(pairs).index_copy_(0, place, labelled))
+            row_pair = place[row_pair]
+            self.parts = sizes.new_full((min(1, len(pairs)),), len(members))
+            sizes = ranks.sum_over(self.parts)
         self.members = members
-        self.sizes = sizes
+        self.sizes = sizes  # (D,) all rows of each set
         self.row_pair = row_pair  # (M,)
         self.labelled = labelled  # (P,) N_c
         self.pair_set = pairs // vocab_size  # (P,)
         self.pair_class = pairs % vocab_size  # (P,)
         self.classes = torch.bincount(self.pair_set, minlength=len(sizes)).tolist()
-        self.counts = sizes.tolist()
+        self.counts = self.parts.tolist()
         self._numbers = torch.full_like(labels, -1).index_copy_(0, members, numbers)
         self._row_pair = torch.zeros_like(labels).index_copy_(0, members, row_pair)
         first = [0]
@@ -92,10 +116,20 @@ class Sets:
             own_column=pair_column[(self._row_pair[rows] - pairs.start).clamp_min(0)],
         )
 
+    def counted(self) -> SetCounts:
+        share = 1 / ranks.world_size() if self.joint else 1
+        return SetCounts(share * len(self), share * len(self.labelled))
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """(N,) to the values of the rows of each set."""
+        own = rows[self.members]
+        return [ranks.joined(own)][: len(self)] if self.joint else own.split(self.counts)
+
     def intersection(self, logp: Tensor) -> Tensor:
         """I_c of each pair, (P,), from the log-probabilities (N,) of the targets."""
         p = logp[self.members].exp()
-        return p.new_zeros(len(self.labelled)).index_add(0, self.row_pair, p)
+        sums = p.new_zeros(len(self.labelled)).index_add(0, self.row_pair, p)
+        return ranks.sum_over(sums) if self.joint else sums
 
     def mean_over_classes(self, values: Tensor) -> Tensor:
         """(P,) to the mean over the classes of each set, (D,)."""

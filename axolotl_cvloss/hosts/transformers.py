@@ -1,6 +1,7 @@
 """transformers' Trainer: counting over the accumulation window, and logging the terms."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..engine.sets import SetCounts
 from ..installation import Installation, installation
 from ..objective import ObjectiveResult
 from ..rows import SCOPES, select_rows
@@ -19,7 +21,7 @@ class ObjectiveTrainer(Trainer):
     """What a Trainer needs beside an installed objective. ``attach`` puts it right above Trainer in the bases."""
 
     cv_loss: Installation
-    _cv_records: dict[bool, list[tuple[int, dict[str, Tensor], dict[str, int]]]]
+    _cv_records: dict[bool, list[tuple[int, ObjectiveResult]]]
     _cv_reported: bool
     _cv_used: bool
 
@@ -46,29 +48,42 @@ class ObjectiveTrainer(Trainer):
 
     def _cv_record(self, result: ObjectiveResult) -> None:
         self._cv_used = self._cv_used or self.cv_loss.model.training
-        values = {**result.terms, "nll": result.nll}
-        counts = {**result.counts, "nll": result.n_tokens}
-        self._cv_records[self.cv_loss.model.training].append((self.state.global_step, values, counts))
+        result = replace(result, loss=result.loss.detach())
+        self._cv_records[self.cv_loss.model.training].append((self.state.global_step, result))
 
     def _cv_flush(self, training: bool) -> dict[str, float]:
-        """Means since the last call, on all ranks, by the names they are logged under.
+        """What is logged of the batches since the last call, on all ranks, by name.
 
-        Each is a mean over the rows of a step and then over steps, as Trainer's own ``loss`` is; so ``loss`` is the
-        weighted sum of what stands beside it. An evaluation is one step.
+        ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
+        ``loss`` is; so ``loss`` is the weighted sum of the terms. ``cv_loss/TERM/tokens`` is the number of rows of a
+        step, ``.../sets`` that of sets, ``.../classes`` that of classes present in a set. An evaluation is one step.
         """
         records, self._cv_records[training] = self._cv_records[training], []
-        names = [*(term.name for term in self.cv_loss.objective.terms), "nll"]
-        steps = sorted({step for step, _, _ in records})
-        sums = torch.zeros(len(steps), 2, len(names), dtype=torch.float64)
-        for step, values, counts in records:
-            value = torch.stack([values[name].detach().double().cpu() for name in names])
-            count = torch.tensor([counts[name] for name in names], dtype=torch.float64)
-            self._cv_check(step, training, names, value)
-            sums[steps.index(step)] += torch.stack([value * count, count])
+        terms = [term.name for term in self.cv_loss.objective.terms]
+        names = [*terms, "nll"]
+        steps = sorted({step for step, _ in records})
+        # For each step: the sums of values over rows, and the numbers of rows, sets and classes.
+        sums = torch.zeros(len(steps), 4, len(names), dtype=torch.float64)
+        for step, result in records:
+            values = torch.stack([*(result.terms[name] for name in terms), result.nll]).detach().double().cpu()
+            self._cv_check(step, training, names, values)
+            rows = torch.tensor([*(result.counts[name] for name in terms), result.n_tokens])
+            sets = [result.sets.get(name, SetCounts(0, 0)) for name in names]
+            counts = torch.tensor([[s.sets for s in sets], [s.classes for s in sets]])
+            sums[steps.index(step)] += torch.cat([torch.stack([values * rows, rows]), counts])
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device, torch.float32)[None]).sum(0).cpu()
-        means = (sums[:, 0] / sums[:, 1].clamp_min(1)).mean(0)
-        return {f"cv_loss/{name}": value for name, value in zip(names, means.tolist(), strict=True)}
+        means = (sums[:, 0] / sums[:, 1].clamp_min(1)).mean(0).tolist()
+        _, rows, sets, classes = sums.mean(0).tolist()
+        logs = {f"cv_loss/{name}": mean for name, mean in zip(names, means, strict=True)}
+        for number, term in enumerate(self.cv_loss.objective.terms):
+            logs[f"cv_loss/{term.name}/tokens"] = rows[number]
+            if sets[number]:
+                logs[f"cv_loss/{term.name}/sets"] = sets[number]
+                logs[f"cv_loss/{term.name}/classes"] = classes[number] / sets[number]
+            for name in term.schedules if training else ():
+                logs[f"cv_loss/{term.name}/{name}"] = term.weight if name == "weight" else term.parameters[name]
+        return logs
 
     def _cv_check(self, step: int, training: bool, names: list[str], values: Tensor) -> None:
         wrong = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
@@ -82,6 +97,7 @@ class ObjectiveTrainer(Trainer):
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.cv_loss.objective.advance(self.state.global_step / max(1, self.state.max_steps))
         loss = super().training_step(*args, **kwargs)
         self._cv_demand_use()
         return loss

@@ -327,3 +327,50 @@ def test_trainer_stays_what_it_was(make_trainer):
     assert isinstance(trainer, Custom)
     assert type(trainer).__name__ == "Custom"
     assert type(make_trainer("lovasz", rows(2), trainer_class=Custom, attached=False)) is Custom
+
+
+# What is counted, and what changes
+
+
+def test_tokens_sets_and_classes_of_a_step_are_logged(make_trainer):
+    data = rows(6)
+    key = {
+        "terms": [{"loss": "cross_entropy", "scope": "sequence"}, {"loss": "dice"}, {"loss": "lovasz", "per": "batch"}]
+    }
+    trainer = make_trainer(
+        key,
+        data,
+        evaluated=data,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+    )
+    trainer.train()
+    (entry,), (evaluation,) = history(trainer), history(trainer, "eval_loss")
+    answers = [[label for label in row["labels"][1:].tolist() if label != -100] for row in data]
+    expected = {
+        "cross_entropy/tokens": sum(len(row["labels"]) - 1 for row in data),
+        "dice/tokens": sum(map(len, answers)),
+        "dice/sets": 6,
+        "dice/classes": sum(len(set(answer)) for answer in answers) / 6,
+        "lovasz/sets": 3,
+    }
+    assert {name: entry[f"cv_loss/{name}"] for name in expected} == pytest.approx(expected)
+    assert entry["cv_loss/lovasz/classes"] != evaluation["eval_cv_loss/lovasz/classes"]
+    assert evaluation["eval_cv_loss/dice/sets"] == 6
+
+
+def test_a_schedule_follows_the_steps_and_survives_resume(make_trainer, tmp_path):
+    key = {"cross_entropy": 0.6, "lovasz": {"weight": {"from": 0.0, "to": 0.4, "over": 0.5}}}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    whole = make_trainer(key, rows(8), **options)
+    whole.train()
+    assert [e["cv_loss/lovasz/weight"] for e in history(whole)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
+    for entry in history(whole):
+        total = 0.6 * entry["cv_loss/cross_entropy"] + entry["cv_loss/lovasz/weight"] * entry["cv_loss/lovasz"]
+        assert entry["loss"] == pytest.approx(total, abs=FLOAT32)
+    resumed = make_trainer(key, rows(8), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name in ("loss", "cv_loss/lovasz/weight", "cv_loss/lovasz"):
+        assert [e[name] for e in history(resumed)] == [e[name] for e in history(whole)]
