@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class ObjectiveResult:
     n_tokens: number of trained rows.
     counts: for each term, the number of rows its mean is over.
     sets: for each set-level term, the number of sets, and of classes present in them.
+    diagnostics: means over the trained rows of ``entropy`` (in nats) and ``accuracy`` (the likeliest token is the
+        label), where ``objective.diagnose`` asks for them.
     """
 
     loss: Tensor
@@ -38,6 +40,7 @@ class ObjectiveResult:
     n_tokens: int
     counts: dict[str, int] = field(default_factory=dict)
     sets: dict[str, SetCounts] = field(default_factory=dict)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:
@@ -50,6 +53,7 @@ class Objective:
 
     def __init__(self, config: CVLossConfig) -> None:
         self.config = config
+        self.diagnose = False  # entropy and accuracy in the results, for hosts that log them
         losses = available_losses()
         self.terms: list[Term] = []
         for term in config.terms:
@@ -183,7 +187,9 @@ class Objective:
         # With no other term there is still the NLL, which wants no gradient.
         with torch.autocast(rows.labels.device.type, enabled=False):
             with torch.set_grad_enabled(torch.is_grad_enabled() and bool(others)):
-                outcome = compute(source, others, rows, counts, denominators, averaged=num_items_in_batch is None)
+                outcome = compute(
+                    source, others, rows, counts, denominators, num_items_in_batch is None, self.diagnose
+                )
             if dense:
                 outcome = add_dense(outcome, source.tensors[0], dense, rows, counts, denominators)
         return self._result(outcome, counts)
@@ -196,6 +202,7 @@ class Objective:
             n_tokens=counts["completion"],
             counts={term.name: counts[term.scope] for term in self.terms},
             sets=outcome.sets,
+            diagnostics=outcome.diagnostics,
         )
 
     def _reference(
@@ -221,10 +228,12 @@ class Objective:
         everything = aligned.new_full((aligned.numel(),), IGNORE_INDEX)
         everything[rows.index] = rows.labels
         targets = {"completion": aligned, "sequence": everything.view_as(aligned)}
+        # The NLL and what else is reported beside the terms.
+        source = TensorSource(logits.detach(), rows.index)
+        outcome = compute(source, [], rows, counts, denominators, diagnose=self.diagnose)
         if not counts["completion"]:
             loss = logits.flatten()[:0].sum()
-            zero = loss.detach()
-            return self._result(Outcome(loss, {t.name: zero for t in self.terms}, zero), counts)
+            return self._result(replace(outcome, loss=loss, means={t.name: loss.detach() for t in self.terms}), counts)
         loss, means = logits.new_zeros(()), {}
         for term in self.terms:
             target = targets[term.scope]
@@ -235,8 +244,7 @@ class Objective:
             value = reference(logits[:, first:], target[:, first:], **known)
             means[term.name] = value.detach()
             loss = loss + term.weight * value * counts[term.scope] / denominators[term.scope]
-        nll = torch.nn.functional.cross_entropy(logits.detach().flatten(0, 1), aligned.flatten())
-        return self._result(Outcome(loss, means, nll), counts)
+        return self._result(replace(outcome, loss=loss, means=means), counts)
 
 
 def _check_shapes(name: str, last: str, tensor: Tensor, labels: Tensor) -> None:

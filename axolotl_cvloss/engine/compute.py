@@ -29,12 +29,16 @@ Group = tuple[str, str]  # scope, per
 
 @dataclass
 class Outcome:
-    """``loss`` is the weighted sum; ``means`` has for each term its mean over the rows (or sets) of its scope."""
+    """``loss`` is the weighted sum; ``means`` has for each term its mean over the rows (or sets) of its scope.
+
+    ``diagnostics`` has the means of entropy and accuracy over the trained rows, where they were asked for.
+    """
 
     loss: Tensor
     means: dict[str, Tensor]
     nll: Tensor
     sets: dict[str, SetCounts] = field(default_factory=dict)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
 def compute(
@@ -44,6 +48,7 @@ def compute(
     counts: dict[str, int],
     denominators: dict[str, Tensor | float],
     averaged: bool = False,
+    diagnose: bool = False,
 ) -> Outcome:
     """Value and gradient of the terms on the rows of a source; the loss is differentiable in ``source.tensors``.
 
@@ -51,14 +56,19 @@ def compute(
         counts: Number of rows of each scope.
         denominators: What the sum over the rows of a scope is divided by.
         averaged: These are the rows of one process, and the gradients of all processes will be averaged, not summed.
+        diagnose: Also the entropy and the accuracy, which read all logits twice more.
     """
-    pass_ = _Pass(source, terms, rows, denominators, averaged)
+    pass_ = _Pass(source, terms, rows, denominators, averaged, diagnose)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in source.tensors]
     loss = _Engine.apply(pass_, wanted, *source.tensors) if any(wanted) else pass_.run(wanted)
     means = {t.name: pass_.sums[t.name] / max(1, counts[t.scope]) for t in terms}
-    nll = -torch.where(rows.scopes["completion"], pass_.logp, 0).sum() / max(1, counts["completion"])
+    trained = {
+        name: torch.where(rows.scopes["completion"], values, 0).sum() / max(1, counts["completion"])
+        for name, values in {"logp": pass_.logp, **pass_.diagnostics}.items()
+    }
+    nll = -trained.pop("logp")
     sets = {t.name: pass_.groups[t.scope, t.per].counted() for t in pass_.set_terms}
-    return Outcome(loss, means, nll, sets)
+    return Outcome(loss, means, nll, sets, trained)
 
 
 def sets_of(rows: Rows, scope: str, per: str, vocab_size: int) -> Sets:
@@ -102,6 +112,7 @@ class _Pass:
         rows: Rows,
         denominators: dict[str, Tensor | float],
         averaged: bool,
+        diagnose: bool,
     ) -> None:
         self.source, self.rows, self.denominators, self.averaged = source, rows, denominators, averaged
         self.token_terms = [t for t in terms if t.loss.family == "token"]
@@ -115,6 +126,7 @@ class _Pass:
         names = ["logp", "lse", *(["mean_logit"] if any(t.needs("mean_logit") for t in self.token_terms) else [])]
         self.statistics = {name: torch.zeros(n, dtype=source.dtype, device=device) for name in names}
         self.logp, self.lse = self.statistics["logp"], self.statistics["lse"]
+        self.diagnostics = {name: torch.zeros_like(self.logp) for name in ("entropy", "accuracy") if diagnose}
         self.loss = self.logp.new_zeros(())
         self.sums = {t.name: self.logp.new_zeros(()) for t in terms}  # unweighted
         groups = sorted({(t.scope, t.per) for t in self.set_terms})  # in one order on all processes
@@ -139,9 +151,11 @@ class _Pass:
                     self._pull(chunk, p, cotangents, [], dense)
             return self.loss
         mixes = gradient and self.source.mixes and not self.row_terms
-        p = self.logp
+        kept: dict[int, Tensor] = {}
         for number, chunk in enumerate(self.chunks):
             p, _ = self._visit(chunk, gradient=False)
+            if gradient and not mixes and (number == len(self.chunks) - 1 or self.source.keeps(chunk)):
+                kept[number] = p
             self._add_class_sums(number, p)
             if mixes:
                 self.source.mix(chunk, p.scatter_(1, self.rows.labels[chunk, None], 0))
@@ -159,12 +173,12 @@ class _Pass:
         if not gradient:
             return self.loss
         for number, chunk in reversed(list(enumerate(self.chunks))):
-            dense = None
-            if not mixes and (number != len(self.chunks) - 1 or self.row_terms):
-                p, dense = self._visit(chunk, gradient=True, again=True)
-            columns = self._columns(number, None if mixes else p, grads)
+            again, dense = kept.pop(number, None), None
+            if not mixes and (again is None or self.row_terms):
+                again, dense = self._visit(chunk, gradient=True, again=True)
+            columns = self._columns(number, again, grads)
             cotangents = {name: grads[name][chunk] for name in self.statistics}
-            self._pull(chunk, None if mixes else p, cotangents, columns, dense)
+            self._pull(chunk, again, cotangents, columns, dense)
         return self.loss
 
     def _visit(self, chunk: slice, gradient: bool, again: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -184,7 +198,12 @@ class _Pass:
         if "mean_logit" in self.statistics:
             self.statistics["mean_logit"][chunk] = logits.mean(1)
         target = logits.gather(1, labels[:, None]).squeeze(1)
+        kept = logits.clone() if self.diagnostics else logits
         p, lse = softmax_(logits)
+        if self.diagnostics:
+            # -sum p log p is lse - sum p z, which takes a quarter of the time.
+            self.diagnostics["entropy"][chunk] = lse - torch.einsum("nv,nv->n", p, kept)
+            self.diagnostics["accuracy"][chunk] = (kept.argmax(1) == labels).to(lse.dtype)
         self.lse[chunk] = lse
         self.logp[chunk] = target - lse
         return p, dense

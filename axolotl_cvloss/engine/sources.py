@@ -22,6 +22,10 @@ class LogitSource:
     dtype: torch.dtype
     mixes = False  # after start: gradients without p may come in, for chunks whose p was given to ``mix``
 
+    def keeps(self, rows: slice) -> bool:
+        """After start: what ``logits`` returned for these rows stays as the caller left it until their ``pull``."""
+        return False
+
     def logits(self, rows: slice) -> Tensor:
         """(n, V)"""
         raise NotImplementedError
@@ -60,20 +64,40 @@ class TensorSource(LogitSource):
         self.index = index
         self.vocab_size = logits.shape[-1]
         self.dtype = statistics_dtype(logits.dtype)
+        self.grad: Tensor | None = None
 
     def logits(self, rows: slice) -> Tensor:
+        if self.keeps(rows):
+            assert self.grad is not None
+            return self._place(rows, self.grad).copy_(self._place(rows, self.flat))
         return self.flat[self.index[rows]].to(self.dtype)
 
     def columns(self, rows: slice, columns: Tensor) -> Tensor:
         return self.flat[self.index[rows, None], columns].to(self.dtype)
 
     def start(self, wanted: Sequence[bool]) -> None:
-        self.grad = torch.zeros_like(self.flat)
+        self.grad = torch.empty_like(self.flat)
+        unused = torch.ones(len(self.flat), dtype=torch.bool, device=self.flat.device)
+        self.grad.index_fill_(0, unused.index_fill_(0, self.index, False).nonzero().squeeze(1), 0)
+
+    def keeps(self, rows: slice) -> bool:
+        """Neighbours stay in the place of their gradient, where that has the precision for it."""
+        if self.grad is None or self.grad.dtype != self.dtype:
+            return False
+        return int(self.index[rows.stop - 1] - self.index[rows.start]) == rows.stop - 1 - rows.start
+
+    def _place(self, rows: slice, tensor: Tensor) -> Tensor:
+        first = int(self.index[rows.start])
+        return tensor[first : first + rows.stop - rows.start]
 
     def pull(self, rows: slice, gradient: LogitGradient) -> None:
-        self.grad[self.index[rows]] = gradient.materialize().to(self.grad.dtype)
+        dz = gradient.materialize()
+        if not self.keeps(rows):
+            assert self.grad is not None
+            self.grad[self.index[rows]] = dz.to(self.grad.dtype)
 
     def gradients(self) -> list[Tensor | None]:
+        assert self.grad is not None
         return [self.grad.view(self.tensors[0].shape)]
 
 
