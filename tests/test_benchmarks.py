@@ -247,3 +247,21 @@ def test_training_step(tmp_path):
     rows = json.loads(written.read_text())["results"]
     assert [row["case"] for row in rows] == [training_step.HOST, training_step.PLUGIN]
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["bytes"] > 1e8 for row in rows)
+
+
+# What could be skipped
+
+
+def test_skipped_columns_are_rounding_in_every_row():
+    from skipping import skippable
+
+    weight = torch.randn(200, 8, dtype=torch.float64)
+    logits = 6 * torch.randn(16, 200, dtype=torch.float64)
+    p, labels = logits.softmax(1), torch.randint(200, (16,))
+    for precision in (2**-9, 2**-24):
+        spare = skippable(p, labels, precision)
+        others = p.scatter(1, labels[:, None], 0)  # the engine adds the target's column by itself
+        error = (others[:, spare] @ weight[spare]).norm(dim=1)
+        assert (error <= precision * (1 - p.gather(1, labels[:, None]).squeeze(1)) * weight.norm(dim=1).max()).all()
+    assert skippable(p, labels, 2**-9).sum() > skippable(p, labels, 2**-24).sum()
+    assert skippable(p, labels, 1.0).sum() >= 199
