@@ -16,14 +16,20 @@ _HOME = {
     "register_loss": "registry",
     "available_losses": "registry",
     "hookimpl": "hookspecs",
+    "attach": "hosts.transformers",
     "CVLossPlugin": "hosts.axolotl",
+    "CVLossSFTConfig": "hosts.trl",
+    "CVLossSFTTrainer": "hosts.trl",
 }
 
 __all__ = [
     "CVLossPlugin",
+    "CVLossSFTConfig",
+    "CVLossSFTTrainer",
     "Objective",
     "ObjectiveResult",
     "__version__",
+    "attach",
     "available_losses",
     "hookimpl",
     "install",

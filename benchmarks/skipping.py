@@ -2,12 +2,12 @@
 
     python benchmarks/skipping.py --model HuggingFaceTB/SmolLM2-135M --data gsm8k_train.jsonl
 
-Away from a few columns the gradient of the logits is p times one number a row, and most p are tiny. Left out of
-`p @ weight`, columns S change row i by no more than the sum of p_i[c] over S, times the largest weight. That is rounding
-where the sum is below the precision of the gradient's dtype relative to 1 - p_i of the target, on which all the gradient
-of the row depends. For a chunk of rows this measures the largest S for which it holds in every row, and what the
-product takes with and without S. (The rows of `dz.T @ hidden` are the gradients of one token's weights each; a small one
-is not rounding beside anything, and to Adam it is not small.)
+Away from a few columns the gradient of the logits is p times one number a row, and most p are tiny. Left out of `p
+@ weight`, columns S change row i by no more than the sum of p_i[c] over S, times the largest weight. That is
+rounding where the sum is below the precision of the gradient's dtype relative to 1 - p_i of the target, on which
+all the gradient of the row depends. For a chunk of rows this measures the largest S for which it holds in every
+row, and what the product takes with and without S. (The rows of `dz.T @ hidden` are the gradients of one token's
+weights each; a small one is not rounding beside anything, and to Adam it is not small.)
 """
 
 from __future__ import annotations

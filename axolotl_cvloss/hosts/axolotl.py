@@ -1,7 +1,5 @@
 """Axolotl: the ``cv_loss`` key in its schema, and the objective in its model and trainer."""
 
-import difflib
-from collections.abc import Callable
 from typing import Any
 
 try:
@@ -12,35 +10,13 @@ try:
     from ..config import KEY, CVLossConfig
     from ..installation import install, installation
     from ..objective import Objective
+    from .axolotl_keys import conflicts, misspelt
     from .transformers import ObjectiveTrainer, attach
 except ImportError as error:
     # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
     raise RuntimeError(f"axolotl_cvloss.CVLossPlugin cannot be loaded, so the run stops here: {error}") from error
 
 LOG = get_logger(__name__)
-
-# Keys that bring another loss, or split a row of logits over ranks, and what to do instead.
-CONFLICTS = {
-    "cut_cross_entropy": "it replaces the loss; remove it (and its plugin), cv_loss has a cross_entropy term",
-    "liger_cross_entropy": "it replaces the loss; set it to false, the other Liger kernels may stay",
-    "liger_fused_linear_cross_entropy": "it replaces the loss; set it to false, the other Liger kernels may stay",
-    "flash_attn_cross_entropy": "it replaces the loss; remove it, cv_loss has a cross_entropy term",
-    "chunked_cross_entropy": "it replaces the loss; remove it, cv_loss works in chunks itself",
-    "use_eaft": "it replaces the loss; remove it",
-    "kd_trainer": "distillation brings its own loss; train with one or the other",
-    "diffusion": "diffusion training brings its own loss; remove its plugin or train without cv_loss",
-    "hatchery": "it trains on a remote machine that knows nothing of cv_loss; remove its plugin",
-    "rl": "preference and reinforcement learning bring their own losses; use cv_loss for supervised fine-tuning",
-    "reward_model": "a reward model has no tokens to predict; use cv_loss for supervised fine-tuning",
-    "process_reward_model": "a reward model has no tokens to predict; use cv_loss for supervised fine-tuning",
-    "orpo_alpha": "ORPO brings its own loss; remove it",
-}
-# Degrees above 1 of these are refused.
-PARALLEL = {
-    "context_parallel_size": "it splits a sequence over GPUs, which cv_loss cannot follow yet; use FSDP instead",
-    "sequence_parallel_degree": "it splits a sequence over GPUs, which cv_loss cannot follow yet; use FSDP instead",
-    "tensor_parallel_size": "it splits the vocabulary over GPUs, which cv_loss cannot follow yet; use FSDP instead",
-}
 
 
 class CVLossArgs(BaseModel):
@@ -55,11 +31,10 @@ class CVLossArgs(BaseModel):
     def check_cv_loss(cls, data: Any) -> Any:
         if KEY not in data:
             # Axolotl drops keys that it does not know, so a misspelt one would train with the host's loss.
-            unknown = {str(key).lower(): key for key in data if key not in cls.model_fields}
-            for match in difflib.get_close_matches(KEY, unknown, n=1, cutoff=0.8):
-                raise ValueError(f"unknown key {unknown[match]}: did you mean {KEY}?")
+            if problem := misspelt(data, cls.model_fields):
+                raise ValueError(problem)
             return data
-        problems = _conflicts(data.get)
+        problems = conflicts(data.get)
         try:
             data[KEY] = CVLossConfig.parse(data[KEY]).dump()
         except ValueError as error:
@@ -71,17 +46,9 @@ class CVLossArgs(BaseModel):
     @model_validator(mode="after")
     def check_defaults(self) -> "CVLossArgs":
         """Plugins such as those of cut cross-entropy and diffusion need only be listed: their keys have defaults."""
-        if self.cv_loss is not None and (problems := _conflicts(lambda key: getattr(self, key, None))):
+        if self.cv_loss is not None and (problems := conflicts(lambda key: getattr(self, key, None))):
             raise ValueError("\n".join(problems))
         return self
-
-
-def _conflicts(value_of: Callable[[str], Any]) -> list[str]:
-    found = [f"{KEY} cannot be used with {key}: {why}" for key, why in CONFLICTS.items() if value_of(key)]
-    for key, why in PARALLEL.items():
-        if str(value_of(key) or 1) != "1":
-            found.append(f"{KEY} cannot be used with {key} above 1: {why}")
-    return found
 
 
 class CVLossPlugin(BasePlugin):

@@ -138,6 +138,16 @@ def make_config(files, tmp_path):
 
 
 @pytest.fixture
+def run_program(tmp_path):
+    """Run a program in the folder of the test; further arguments are environment variables."""
+
+    def run(*command, **environment):
+        return start(command, tmp_path, environment)
+
+    return run
+
+
+@pytest.fixture
 def axolotl(tmp_path):
     """Run the real command on a config; further arguments are environment variables."""
 
