@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -267,11 +267,13 @@ LIMITS = {
 NO_LIMIT = (None, None)
 
 
-def objectives() -> dict[str, dict[str, float]]:
-    """Every loss alone, mixed with cross-entropy, and a mixture of three."""
-    losses = list(available_losses())
-    configs = [{name: 1.0} for name in losses]
-    configs += [{"cross_entropy": 0.6, name: 0.4} for name in losses if name != "cross_entropy"]
+MIXED = ("focal", "self_adjusting_dice", "dice", "generalized_dice", "tversky", "lovasz")
+
+
+def objectives(alone: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Losses alone, the paper's and the usual ones mixed with cross-entropy, and a mixture of three."""
+    configs = [{name: 1.0} for name in alone]
+    configs += [{"cross_entropy": 0.6, name: 0.4} for name in MIXED]
     configs += [{"cross_entropy": 0.6, "generalized_dice": 0.2, "lovasz": 0.2}]
     return {
         " + ".join(f"{weight:g} {name}" for name, weight in config.items()).removeprefix("1 "): config
@@ -316,7 +318,8 @@ def all_cases(device: str) -> dict[str, Case]:
             cases[f"floor: {count} matrix products{end}"] = Case("floor", matrix_products(count), to, frozen)
         if not frozen:
             cases.update({name: Case("plain", full_logits(loss), to) for name, loss in plain.items()})
-        for name, config in objectives().items():
+        alone = ["cross_entropy"] if frozen else list(available_losses())
+        for name, config in objectives(alone).items():
             limits = limits_of(config, device, frozen)
             cases[name + end] = Case("fused", objective_of_hidden(config), to, frozen, None, *limits)
     cases[CLASS_LOOP] = Case("plain", given_logits(lovasz_class_loop), CLASS_LOOP, rows=512)
