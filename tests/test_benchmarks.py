@@ -215,7 +215,7 @@ def test_limits_of_the_issue():
     assert limits(f"0.6 cross_entropy + 0.4 lovasz{cases.FROZEN}") == (1.00, 0.20)
     assert limits("lovasz") == limits("generalized_dice") == (None, None)
     assert limits("lovasz, on 512 rows of logits") == (0.02, None)
-    assert table[f"focal{cases.FROZEN}"].base == cases.CROSS_ENTROPY + cases.FROZEN
+    assert table[f"cross_entropy{cases.FROZEN}"].base == cases.CROSS_ENTROPY + cases.FROZEN
 
 
 def test_steps_are_compared_on_the_same_batch():
