@@ -1,5 +1,6 @@
 """The ``cv_loss`` key: its models, its spellings, and messages that say what was wrong and what is allowed."""
 
+import importlib.util
 import inspect
 import math
 import re
@@ -180,6 +181,11 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
         problems.append(f"{where}: {what}; {hint}allowed: {', '.join(losses)}")
         return None
     loss = losses[name]
+    if loss.requires and importlib.util.find_spec(loss.requires) is None:
+        problems.append(
+            f"{where}: {name} needs the package {loss.requires}, which is not installed; pip install {loss.requires}"
+        )
+        return None
     given = {_word(key): value for key, value in given.items()}
     numbers = {"weight", *(n for n, field in loss.parameters.model_fields.items() if field.annotation is float)}
     scheduled = {key for key, value in given.items() if key in numbers and _is_schedule(value)}

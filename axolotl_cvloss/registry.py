@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "intersection": "(C,) probability of class c summed over the rows labelled c",
         "predicted": "(C,) probability of class c summed over all rows of the set",
         "labelled": "(C,) number of rows labelled c",
+        "logp": "(n,) log-probability of the target of each row of the set",
     },
     "ranking": {
         "errors": "(M,) errors, by class and from large to small within a class",
@@ -65,6 +66,7 @@ class Loss:
     hurts: str = ""
     reference: Callable[..., Any] | None = None
     only_if: dict[str, str] = field(default_factory=dict)
+    requires: str = ""
 
     @property
     def per_set(self) -> bool:
@@ -80,6 +82,7 @@ def register_loss(
     family: str,
     reference: Callable[..., Any] | None = None,
     only_if: dict[str, str] | None = None,
+    requires: str = "",
 ) -> Callable[[Function], Function]:
     """Make a function a loss that the ``cv_loss`` key knows by ``name``.
 
@@ -97,6 +100,8 @@ def register_loss(
             ``reference: true``.
         only_if: Statistics needed only where a parameter is not 0, such as ``{"mean_logit": "label_smoothing"}``;
             elsewhere the function gets None for them.
+        requires: A package that the function imports, which not everybody has; configs that name the loss are then
+            refused with a word on how to install it.
 
     Raises:
         ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a
@@ -144,6 +149,7 @@ def register_loss(
             hurts=_docline(text, "Hurts"),
             reference=reference,
             only_if=only_if or {},
+            requires=requires,
         )
         return function
 

@@ -29,19 +29,64 @@ VARIANTS = {
     "jaccard": [{"smooth": 0.0}],
     "tversky": [{"alpha": 0.9, "beta": 0.1, "smooth": 0.5}],
     "lovasz": [],  # its one parameter, tolerance, has a law of its own
+    "focal_tversky": [{"gamma": 2.0, "alpha": 0.6, "beta": 0.4, "smooth": 0.0}],
+    "log_cosh_dice": [{"smooth": 0.0}],
+    "unified_focal": [{"focal_weight": 0.3, "delta": 0.8, "gamma": 0.75, "smooth": 0.0}, {"gamma": 1.0}],
+    "poly": [{"epsilon": -1.0}],
+    "gce": [{"q": 1.0}, {"q": 1e-3}],
+    "encouraging": [{"log_end": 0.25}, {"log_end": 0.0}],
+    "dft": [{"beta": 0.5}],
+    "z_regularized": [{"coefficient": 0.1}],
+    "topk_cross_entropy": [{"k": 0.5}],
+    "direct_coverage": [{"n": 1}, {"n": 10}],
+    "asymmetric": [{"gamma_positive": 0.5, "gamma_negative": 0.5}, {"gamma_negative": 0.0}, {"label_smoothing": 0.0}],
+    "squentropy": [{"coefficient": 0.01}],
+    "spherical_z": [{"slope": 0.3, "offset": 2.0}],
+    "ldr": [{"temperature": 0.5, "margin": 2.0}, {"temperature": 3.0}],
+    "entropy_adaptive": [{"k": 3, "alpha": 2.0}, {"alpha": 0.0}],
+    "confidence_penalty": [{"coefficient": 1.0}],
+    "gem": [{"beta": 0.3}, {"beta": 1.0}],
 }
 # Their gradient is not that of their value, on purpose.
-DETACHED = ["self_adjusting_dice detach_weight=True", "dft", "entropy_adaptive", "gem"]
+DETACHED = [
+    "self_adjusting_dice detach_weight=True",
+    "dft",
+    "dft beta=0.5",
+    "entropy_adaptive",
+    "entropy_adaptive k=3 alpha=2.0",
+    "gem",
+    "gem beta=0.3",
+    "gem beta=1.0",
+]
 # A certain and right prediction is not their minimum, and by their formula it need not be.
 PERFECT_IS_NOT_BEST = [
     "cross_entropy label_smoothing=0.1",
     "self_adjusting_dice",  # (1 - p)^alpha p falls again above p = 1 / (1 + alpha)
     "self_adjusting_dice alpha=0.5 smooth=0.1",
     "self_adjusting_dice detach_weight=True",
+    "z_regularized",  # these two would have the logits near 0 too
+    "z_regularized coefficient=0.1",
+    "asymmetric gamma_negative=0.0",  # label smoothing in full
+    "asymmetric gamma_positive=0.5 gamma_negative=0.5",
+    "confidence_penalty",  # which asks for entropy
+    "confidence_penalty coefficient=1.0",
+    "sparsemax",  # 0, its minimum, from a margin of 1 on, and so at predictions that are less than perfect
+    "direct_coverage",  # 0 to rounding as soon as 256 answers are sure to have a right one
+    "gem",  # its gradient leads there, but q is taken for a constant and the value may be below 0 elsewhere
+    "gem beta=0.3",
+    "gem beta=1.0",
     "a_row_loss",
 ]
 # An impossible token (logit -inf) makes their value infinite, as their formula says.
-NOT_WITH_IMPOSSIBLE_TOKENS = ["cross_entropy label_smoothing=0.1", "a_row_loss"]
+NOT_WITH_IMPOSSIBLE_TOKENS = [
+    "cross_entropy label_smoothing=0.1",
+    "asymmetric gamma_negative=0.0",  # the same loss
+    "squentropy",  # all logits are squared
+    "squentropy coefficient=0.01",
+    "spherical_z",  # their mean is infinite
+    "spherical_z slope=0.3 offset=2.0",
+    "a_row_loss",
+]
 
 # Losses of a stranger, so that the laws hold for each family and each statistic whatever is built in.
 STRANGERS = ("a_row_loss", "a_document_loss", "a_region_loss", "a_set_loss")
@@ -111,7 +156,12 @@ MIXTURE = [
     {"loss": "generalized_dice", "weight": 0.5, "per": "batch"},
 ]
 # One of every family, for the engine to serve at once; not for the paper's code.
-FAMILIES = [*MIXTURE, {"loss": "a_row_loss", "weight": 0.2}, {"loss": "a_document_loss", "weight": 0.7}]
+FAMILIES = [
+    *MIXTURE,
+    {"loss": "unified_focal", "weight": 0.3, "scope": "sequence"},
+    {"loss": "a_row_loss", "weight": 0.2},
+    {"loss": "a_document_loss", "weight": 0.7},
+]
 
 
 def objective(*terms, **options):
@@ -546,6 +596,27 @@ def test_where_only_the_trained_tokens_are_known_a_sequence_term_counts_by_them(
             {"loss": "self_adjusting_dice", "alpha": 0},
         ),
         ({"loss": "lovasz", "tolerance": 0.0}, {"loss": "lovasz"}),
+        ({"loss": "poly", "epsilon": 0}, {"loss": "cross_entropy"}),
+        ({"loss": "dft", "beta": 0}, {"loss": "cross_entropy"}),
+        ({"loss": "z_regularized", "coefficient": 0}, {"loss": "cross_entropy"}),
+        ({"loss": "squentropy", "coefficient": 0}, {"loss": "cross_entropy"}),
+        ({"loss": "confidence_penalty", "coefficient": 0}, {"loss": "cross_entropy"}),
+        ({"loss": "entropy_adaptive", "alpha": 0}, {"loss": "cross_entropy"}),
+        ({"loss": "topk_cross_entropy", "k": 1}, {"loss": "cross_entropy"}),
+        ({"loss": "asymmetric", "gamma_positive": 2, "label_smoothing": 0}, {"loss": "focal"}),
+        (
+            {"loss": "asymmetric", "gamma_negative": 0, "label_smoothing": 0.2},
+            {"loss": "cross_entropy", "label_smoothing": 0.2},
+        ),
+        ({"loss": "tversky", "alpha": 0.5, "beta": 0.5, "smooth": 0.5}, {"loss": "dice", "smooth": 1}),
+        ({"loss": "tversky", "alpha": 1, "beta": 1}, {"loss": "jaccard"}),
+        ({"loss": "jaccard_metric"}, {"loss": "jaccard", "smooth": 0}),
+        ({"loss": "focal_tversky", "gamma": 1}, {"loss": "tversky"}),
+        ({"loss": "unified_focal", "focal_weight": 0, "delta": 0.7, "gamma": 0.75}, {"loss": "focal_tversky"}),
+        (
+            {"loss": "unified_focal", "focal_weight": 1, "gamma": 0.25},
+            {"loss": "focal", "gamma": 0.75, "weight": 0.6},
+        ),
     ],
     ids=str,
 )
@@ -555,6 +626,60 @@ def test_one_loss_in_terms_of_another(a, b):
         (one, gradient), (other, other_gradient) = evaluate(batch, a), evaluate(batch, b)
         close(one.loss, other.loss, 1e-12)
         close(gradient, other_gradient, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [
+        ({"loss": "ldr", "margin": 0}, {"loss": "cross_entropy"}, -math.log(VOCAB)),
+        ({"loss": "encouraging", "log_end": 0}, {"loss": "poly"}, -1),
+        ({"loss": "dft"}, {"loss": "gce", "q": 1}, None),
+        ({"loss": "gem", "beta": 1}, {"loss": "cross_entropy"}, None),
+        # One document of 13 rows, of which the sum of -log p is taken.
+        ({"loss": "direct_coverage", "n": 1}, {"loss": "cross_entropy", "weight": 13}, 0),
+    ],
+    ids=str,
+)
+def test_one_gradient_is_that_of_another(a, b, difference):
+    for seed in range(3):
+        batch = make_batch("rows", seed)
+        batch.labels = batch.labels.clamp_min(0)
+        (one, gradient), (other, other_gradient) = evaluate(batch, a), evaluate(batch, b)
+        if difference is not None:
+            close(one.loss, other.loss + difference, 1e-12)
+        close(gradient, other_gradient, 1e-12)
+
+
+def test_gce_lies_between_cross_entropy_and_mean_absolute_error():
+    batch = make_batch("padded", 13)
+    (near, gradient), (wanted, wanted_gradient) = (
+        evaluate(batch, one) for one in ({"loss": "gce", "q": 1e-7}, {"loss": "cross_entropy"})
+    )
+    close(near.loss, wanted.loss, 1e-6)
+    close(gradient, wanted_gradient, 1e-6)
+    p = torch.stack([batch.logits[at].softmax(0)[y] for at, y, _ in batch.rows()])
+    close(evaluate(batch, {"loss": "gce", "q": 1})[0].loss, (1 - p).mean(), 1e-12)
+
+
+def test_gem_is_the_distance_to_the_largest_logit_where_q_is_sharp():
+    batch = make_batch("padded", 13)
+    wanted = torch.stack([batch.logits[at].max() - batch.logits[at][y] for at, y, _ in batch.rows()]).mean()
+    close(evaluate(batch, {"loss": "gem", "beta": 1e-4})[0].loss, wanted)
+
+
+def test_log_cosh_dice_is_log_cosh_of_the_dice_of_a_document():
+    batch = make_batch("rows", 13)
+    dice = evaluate(batch, {"loss": "dice"})[0].loss
+    close(evaluate(batch, {"loss": "log_cosh_dice"})[0].loss, dice.cosh().log(), 1e-12)
+
+
+@pytest.mark.parametrize(("loss", "scale"), [("spherical_z", 3.0), ("sparsemax", 1.0), ("gem", 1.0), ("ldr", 1.0)])
+def test_shifting_logits_changes_nothing(loss, scale):
+    batch = make_batch("padded", 13)
+    wanted, gradient = evaluate(batch, {"loss": loss})
+    moved, moved_gradient = evaluate(batch, {"loss": loss}, logits=scale * batch.logits + 5)
+    close(moved.loss, wanted.loss)
+    close(scale * moved_gradient, gradient)
 
 
 def test_cross_entropy_is_torchs():

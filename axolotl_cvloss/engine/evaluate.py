@@ -86,14 +86,18 @@ def set_values(term: Term, sets: Sets, logp: Tensor, predicted: Tensor | None, e
         assert entries is not None
         return sets.mean_over_classes(term(labelled=labelled, **sorted_errors(sets, logp, entries)))
     assert predicted is not None
-    statistics = (sets.intersection(logp), predicted, labelled)
+    sums = {"intersection": sets.intersection(logp), "predicted": predicted, "labelled": labelled}
+    parts = {name: x.split(sets.classes) for name, x in sums.items()}
+    if term.needs("logp"):
+        parts["logp"] = tuple(sets.split(logp))
     values = []
-    for intersection, predicted_, labelled_ in zip(*(s.split(sets.classes) for s in statistics), strict=True):
-        value = term(intersection=intersection, predicted=predicted_, labelled=labelled_)
-        if value.shape not in (torch.Size(), labelled_.shape):
+    for part in zip(*parts.values(), strict=True):
+        statistics = dict(zip(parts, part, strict=True))
+        value, expected = term(**statistics), statistics["labelled"].shape
+        if value.shape not in (torch.Size(), expected):
             raise ValueError(
                 f"loss {term.loss.name!r} must return a scalar or one value a class, shape "
-                f"{tuple(labelled_.shape)}, not {tuple(value.shape)}"
+                f"{tuple(expected)}, not {tuple(value.shape)}"
             )
         values.append(value.mean())
     return torch.stack(values)

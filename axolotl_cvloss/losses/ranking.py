@@ -20,6 +20,9 @@ def lovasz(errors: Tensor, foreground: Tensor, segment: Tensor, labelled: Tensor
     Formula: mean over c of sum_k e_(k) (J_k - J_(k-1)), errors e sorted downwards, J_k the Jaccard loss when the
         k largest errors are the mistakes
     Source: Berman et al. 2018, The Lovasz-Softmax loss, arXiv:1705.08790
+    Helps: exact match on short answers and formulas, beside cross-entropy: the paper names it with focal as the
+        losses that gain most.
+    Hurts: alone, as it is flat where the model is far off; long free text has had little testing.
     """
     first = torch.searchsorted(segment, torch.arange(len(labelled), device=segment.device))
     hits = _running_count(foreground, first, segment)

@@ -2,14 +2,18 @@
 
 A set is a document (or the micro-batch); its classes c are the tokens that occur among its labels. Each loss takes
 ``intersection`` I, ``predicted`` S and ``labelled`` N, each (C,), float32 or float64, and returns a value a class,
-(C,), whose mean is the value of the set, or the value of the set, a scalar.
+(C,), whose mean is the value of the set, or the value of the set, a scalar. ``logp`` (n,) has the log-probability of
+the target of each row of the set.
+
+All of them are bounded, and flat where the model is far off, so mix them with cross-entropy.
 """
 
 from torch import Tensor
 
 from ..hookspecs import hookimpl
 from . import reference
-from .bounds import NonNegative, Positive
+from .bounds import Fraction, NonNegative, Positive, PositiveFraction
+from .token import _tiny, focal
 
 
 def tversky(
@@ -23,10 +27,12 @@ def tversky(
     """Overlap with a price of its own for false positives (``alpha``) and for misses (``beta``).
 
     Formula: 1 - (I_c + smooth) / (I_c + alpha (S_c - I_c) + beta (N_c - I_c) + smooth), mean over c
-    Source: Salehi et al. 2017, Tversky loss function for image segmentation, arXiv:1706.05721
+    Source: Salehi et al. 2017, Tversky loss function for image segmentation, arXiv:1706.05721; smooth is ours
+    Helps: where missing a token is worse than putting it in a wrong place (beta above alpha), or the other way round.
+    Hurts: alone, as it is flat where the model is far off. No evidence in fine-tuning yet.
     """
     false = alpha * (predicted - intersection) + beta * (labelled - intersection)
-    return 1 - (intersection + smooth) / (intersection + false + smooth)
+    return false / (intersection + false + smooth)  # 1 - x / (x + false) without cancellation near 0
 
 
 def dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonNegative = 1.0) -> Tensor:
@@ -34,6 +40,8 @@ def dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonN
 
     Formula: 1 - (2 I_c + smooth) / (S_c + N_c + smooth), mean over c
     Source: Milletari et al. 2016, V-Net, arXiv:1606.04797
+    Helps: beside cross-entropy, where rare tokens of a short answer decide: each class counts the same.
+    Hurts: alone, as it is flat where the model is far off. No evidence in fine-tuning yet.
     """
     return tversky(intersection, predicted, labelled, alpha=0.5, beta=0.5, smooth=smooth / 2)
 
@@ -43,8 +51,79 @@ def jaccard(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: N
 
     Formula: 1 - (I_c + smooth) / (S_c + N_c - I_c + smooth), mean over c
     Source: Rahman and Wang 2016, Optimizing Intersection-Over-Union in Deep Neural Networks
+    Helps: as dice, with a stronger pull on the worst classes.
+    Hurts: alone, as it is flat where the model is far off. No evidence in fine-tuning yet.
     """
     return tversky(intersection, predicted, labelled, alpha=1.0, beta=1.0, smooth=smooth)
+
+
+def jaccard_metric(intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
+    """The Jaccard metric loss. On hard labels, which tokens are, it is jaccard without smoothing.
+
+    D is the sum over the rows of the distance between p[c] and the label, and S + N - 2 I where labels are 0 or 1,
+    whatever the predictions.
+
+    Formula: 1 - (S_c + N_c - D_c) / (S_c + N_c + D_c), D_c = sum_i |p_i[c] - [y_i = c]|, mean over c
+    Source: Wang et al. 2023, Jaccard Metric Losses, arXiv:2302.05666
+    Helps: as jaccard; what it adds is for soft labels, which there are none of here.
+    Hurts: as jaccard, and without smoothing classes of one token count in full. No evidence in fine-tuning yet.
+    """
+    return jaccard(intersection, predicted, labelled, smooth=0.0)
+
+
+def focal_tversky(
+    intersection: Tensor,
+    predicted: Tensor,
+    labelled: Tensor,
+    alpha: NonNegative = 0.3,
+    beta: Positive = 0.7,
+    gamma: Positive = 0.75,
+    smooth: NonNegative = 1.0,
+) -> Tensor:
+    """The Tversky loss of each class to a power: below 1 the pull on nearly right classes grows, above 1 it fades.
+
+    The paper writes the exponent 1 / gamma with gamma 4/3, and its alpha and beta are the other way round.
+
+    Formula: tversky_c^gamma, mean over c
+    Source: Abraham and Khan 2018, A Novel Focal Tversky Loss Function, arXiv:1810.07842; smooth is ours
+    Helps: as tversky; gamma says which classes to attend to.
+    Hurts: with gamma below 1 the gradient grows without bound as a class gets right. No evidence in fine-tuning yet.
+    """
+    # The derivative of 0^gamma is infinite for gamma < 1: keep away from 0.
+    return tversky(intersection, predicted, labelled, alpha, beta, smooth).clamp_min(_tiny(intersection)) ** gamma
+
+
+def log_cosh_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonNegative = 1.0) -> Tensor:
+    """Dice made smooth near 0, where it becomes half its square.
+
+    Formula: log cosh(mean over c of dice_c)
+    Source: Jadon 2020, A survey of loss functions for semantic segmentation, arXiv:2006.14822
+    Helps: as dice, with gradients that fade towards the end of training.
+    Hurts: as dice, and it stops sooner. No evidence in fine-tuning yet.
+    """
+    return dice(intersection, predicted, labelled, smooth).mean().cosh().log()
+
+
+def unified_focal(
+    intersection: Tensor,
+    predicted: Tensor,
+    labelled: Tensor,
+    logp: Tensor,
+    focal_weight: Fraction = 0.5,
+    delta: PositiveFraction = 0.6,
+    gamma: PositiveFraction = 0.5,
+    smooth: NonNegative = 1.0,
+) -> Tensor:
+    """Focal and focal Tversky mixed, with parameters in common; the paper's symmetric form.
+
+    Formula: focal_weight delta mean_i focal(1 - gamma) + (1 - focal_weight) focal_tversky(1 - delta, delta, gamma)
+    Source: Yeung et al. 2021, Unified Focal loss, arXiv:2102.04525; smooth is ours, the paper's is 1e-6
+    Helps: one set of parameters in the place of a mixture of two terms.
+    Hurts: it takes away the choice of scope and weight for each part. No evidence in fine-tuning yet.
+    """
+    rows = delta * focal(logp, gamma=1 - gamma).mean()
+    regions = focal_tversky(intersection, predicted, labelled, 1 - delta, delta, gamma, smooth).mean()
+    return focal_weight * rows + (1 - focal_weight) * regions
 
 
 def generalized_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonNegative = 1e-5) -> Tensor:
@@ -52,6 +131,8 @@ def generalized_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, 
 
     Formula: 1 - (2 sum_c w_c I_c + smooth) / (sum_c w_c (S_c + N_c) + smooth), w_c = 1 / N_c^2
     Source: Sudre et al. 2017, Generalised Dice overlap, arXiv:1707.03237
+    Helps: beside cross-entropy, where tokens that occur once in an answer decide.
+    Hurts: frequent tokens hardly count. The paper's own figures for it say nothing: its code trains nothing with it.
     """
     weight = labelled**-2
     overlap = (weight * intersection).sum()
@@ -61,5 +142,5 @@ def generalized_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, 
 @hookimpl
 def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
     register("generalized_dice", family="region", reference=reference.generalized_dice)(generalized_dice)
-    for function in (dice, jaccard, tversky):
+    for function in (dice, jaccard, tversky, jaccard_metric, focal_tversky, log_cosh_dice, unified_focal):
         register(function.__name__, family="region")(function)

@@ -1,0 +1,58 @@
+"""Losses of a set of rows that see the log-probabilities of its targets.
+
+A set is a document (or the micro-batch). Each loss takes ``logp`` (n,), float32 or float64, and returns the value of
+the set, a scalar.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..hookspecs import hookimpl
+from .bounds import Number, PositiveFraction
+from .token import _tiny
+
+
+def topk_cross_entropy(logp: Tensor, k: PositiveFraction = 0.1) -> Tensor:
+    """Cross-entropy of the hardest tokens of each document alone: the fraction ``k`` of them, at least one.
+
+    Formula: mean of the k n largest -log p of n
+    Source: Wu et al. 2016, Bridging Category-level and Instance-level Semantic Image Segmentation, arXiv:1605.06885
+    Helps: where most tokens are learnt and train no more; mix it with cross-entropy, which keeps the rest.
+    Hurts: with wrong labels, which are the hardest tokens of all. No evidence in fine-tuning yet; the default of k is
+        ours.
+    """
+    return (-logp).topk(max(1, int(k * len(logp))), sorted=False).values.mean()  # a NaN is the largest, and is seen
+
+
+def direct_coverage(logp: Tensor, n: Number = 256) -> Tensor:
+    """Minus the log of the chance that one of ``n`` sampled answers is the whole document: pass@n.
+
+    The gradient is that of the document's sum of -log p, times a factor that falls from 1 to 0 once P n passes 1. As
+    every loss of sets it is weighted by the tokens of the document; the paper counts each example once.
+
+    Formula: -log(1 - (1 - P)^n), P = product of p over the document
+    Source: Chen et al. 2025, Rethinking Fine-Tuning when Scaling Test-Time Compute, arXiv:2502.07154; default of n ours
+    Helps: where many answers are sampled and one right one is enough (pass@n, search), as it does not make the model
+        surer than that needs.
+    Hurts: the first answer (pass@1), which cross-entropy trains further. Long documents have P near 0, and then it is
+        the sum of -log p alone.
+    """
+    log_probability = logp.sum()
+    # Below, (1 - P)^n is 1 - n P to rounding; P itself may be too small for a number.
+    least = -36 - math.log(n)
+    inside = log_probability.clamp_min(least)
+    missed = torch.where(  # log(1 - P), by the one of its two forms that is exact
+        inside > -math.log(2),
+        (-inside.expm1()).clamp_min(_tiny(logp)).log(),
+        (-inside.clamp_max(-math.log(2)).exp()).log1p(),
+    )
+    value = -(-(n * missed).expm1()).log()
+    return torch.where(log_probability < least, -log_probability - math.log(n), value)
+
+
+@hookimpl
+def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
+    for function in (topk_cross_entropy, direct_coverage):
+        register(function.__name__, family="document")(function)
