@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+LATEST := .venv-trl-latest
 
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-trl-latest lint bench clean
 
 demo: $(INSTALLED)  ## train a small model on generated word problems, with cross-entropy and with the mix
 	$(BIN)/python demo/run.py
@@ -16,6 +17,14 @@ test: $(INSTALLED)  ## the quick suite
 
 test-all: $(INSTALLED)  ## the long checks too
 	$(BIN)/python -m pytest -n 2
+
+# TRL's newest release and the transformers it wants, beside the one that Axolotl pins.
+test-trl-latest:  ## the tests of TRL in an environment of their own
+	test -x $(LATEST)/bin/pip || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable ".[trl]" trl transformers accelerate peft "pytest>=8" pytest-xdist
+	$(LATEST)/bin/python -m pip list | grep -E "^(torch|trl|transformers|accelerate|peft|datasets) "
+	$(LATEST)/bin/python -m pytest -n 2 tests/hosts/test_trl.py tests/hosts/test_readme.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -27,7 +36,7 @@ bench: $(INSTALLED)  ## seconds and memory of the losses
 
 clean:  ## what the targets above leave behind, but for .venv
 	rm -rf demo-output outputs last_run_prepared build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # torch comes first and alone: pip then takes one that fits both Axolotl and the machine, and the rest follows it.
 $(INSTALLED): pyproject.toml

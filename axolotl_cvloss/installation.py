@@ -115,7 +115,9 @@ class Installation:
             outputs, result = both
         loss = result.loss
         if (aux_loss := outputs.get("aux_loss")) is not None:  # load balancing of a mixture of experts
-            loss = loss + self._aux_coefficient() * aux_loss.to(loss.device)
+            # As the rest of the loss it is a mean over the step, of which this micro-batch is a part.
+            share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, num_items_in_batch)
+            loss = loss + self._aux_coefficient() * share * aux_loss.to(loss.device)
         for listener in self.listeners:
             listener(result)
         outputs = type(outputs)(**{**outputs, "loss": loss})

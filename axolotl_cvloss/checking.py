@@ -1,0 +1,180 @@
+"""What a YAML means and what is wrong with it, before any model is loaded."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .config import KEY, ConfigError, CVLossConfig, Schedule, TermConfig
+from .curves import GRID, NotACurve, curve
+from .descriptions import plain
+from .hosts import axolotl_keys, trl_keys
+from .registry import Loss, available_losses
+
+# The host of a YAML is told by keys that only it has.
+HOSTS = {
+    "axolotl": ("base_model", "plugins", "micro_batch_size", "sequence_len"),
+    "trl": ("model_name_or_path", "dataset_name", "per_device_train_batch_size"),
+}
+PLUGIN = "axolotl_cvloss.CVLossPlugin"
+# Plugins of Axolotl that replace the loss as soon as they are listed, and the key that they set.
+LISTED = {"CutCrossEntropyPlugin": "cut_cross_entropy", "DiffusionPlugin": "diffusion"}
+
+ENDS = (0.0, 1.0)  # of training, for what follows a schedule
+ROWS = {"completion": "labelled tokens", "sequence": "every token but padding, the prompt too"}
+SETS = {
+    ("document", "local"): "a document",
+    ("batch", "local"): "a micro-batch of one process",
+    ("batch", "global"): "the micro-batches of all processes together",
+}
+
+
+@dataclass
+class Report:
+    """``host`` is None where the YAML could be for any; ``config`` is None where the key is wrong."""
+
+    host: str | None = None
+    config: CVLossConfig | None = None
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_file(path: Path, host: str | None = None) -> Report:
+    """Check a YAML file for a host, or for the one that its keys tell of."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        return Report(host, errors=[f"{path} cannot be read: {error}"])
+    if not isinstance(data, Mapping):
+        return Report(host, errors=[f"{path} is not a mapping of keys to values"])
+    return check(data, host)
+
+
+def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
+    """Check the keys of a config."""
+    report = Report(host or next((name for name, keys in HOSTS.items() if any(key in data for key in keys)), None))
+    if KEY not in data:
+        missing = f"{KEY}: the key is not in the config, so training uses the host's own loss"
+        report.errors.append(axolotl_keys.misspelt(data) or missing)
+        return report
+    try:
+        report.config = CVLossConfig.parse(data[KEY])
+    except ConfigError as error:
+        report.errors += str(error).splitlines()
+    if report.host == "axolotl":
+        report.errors += _axolotl(data)
+    elif report.host == "trl":
+        report.errors += trl_keys.conflicts(data.get)
+    if report.config is not None:
+        report.warnings += traps(report.config)
+    return report
+
+
+def _axolotl(data: Mapping[Any, Any]) -> list[str]:
+    given = data.get("plugins") or []
+    plugins = [str(name) for name in given] if isinstance(given, list) else []
+    listed = {LISTED[end]: True for name in plugins if (end := name.rsplit(".", 1)[-1]) in LISTED}
+    problems = axolotl_keys.conflicts(lambda key: data.get(key, listed.get(key)))
+    if not any(name.startswith("axolotl_cvloss.") and name.endswith(".CVLossPlugin") for name in plugins):
+        close = difflib.get_close_matches(PLUGIN, plugins, n=1)
+        instead = f"instead of {close[0]}" if close else "there"
+        problems.append(f"plugins: {KEY} does nothing without its plugin; put {PLUGIN} {instead}")
+    return problems
+
+
+def traps(config: CVLossConfig) -> list[str]:
+    """What is allowed and often not meant."""
+    losses = available_losses()
+    found = []
+    trained = [term for term in config.terms if term.weight or "weight" in term.schedules]
+    found += [
+        f"{KEY}.{term.loss}: its weight is 0, so it is computed and logged, and changes nothing"
+        for term in config.terms
+        if term not in trained
+    ]
+    if all(_of_classes_alone(losses[term.loss]) for term in trained):
+        names = " and ".join(dict.fromkeys(term.loss for term in trained))
+        found.append(
+            f"{KEY}: {names} without a loss of single tokens learns slowly: where the model gives a token little "
+            "probability, its gradient is small too. The paper mixes 0.4 of such a loss with 0.6 of cross_entropy"
+        )
+    if not config.reference and (where := _turning_point(trained)) is not None:
+        remedy = [
+            f"; detach_weight: true in {term.loss} removes that"
+            for term in trained
+            if term.parameters.get("detach_weight") is False
+        ]
+        found.append(
+            f"{KEY}: the losses of single tokens together lower the probability of a token that has more than "
+            f"{where:.2g}, so they punish confidence{''.join(remedy[:1]) or '; more cross_entropy removes that'}"
+        )
+    sums = list(dict.fromkeys(f"{sum(_at(term, end)[0] for term in trained):g}" for end in ENDS))
+    if any(not 0.5 <= float(total) <= 2 for total in sums):
+        found.append(
+            f"{KEY}: the weights sum to {' at first and to '.join(sums)}{' at last' * (len(sums) > 1)}; far from 1 the "
+            "gradient has another size, so learning rate and gradient clipping may need other values"
+        )
+    if config.needs_logits:
+        found.append(f"{KEY}: this objective keeps all logits of a batch in memory")
+    return found
+
+
+def _of_classes_alone(loss: Loss) -> bool:
+    return loss.family in ("region", "ranking") and "logp" not in loss.statistics
+
+
+def _turning_point(terms: list[TermConfig]) -> float | None:
+    """The probability above which the losses of single tokens together push a token down; None where none does.
+
+    Whether they do is only known where each of them is a function of that probability.
+    """
+    losses = available_losses()
+    for end in ENDS:
+        total = torch.zeros_like(GRID)
+        for term in terms:
+            weight, parameters = _at(term, end)
+            if not losses[term.loss].per_set:
+                try:
+                    total += weight * curve(losses[term.loss], parameters).pull
+                except NotACurve:
+                    return None
+        if len(down := GRID[total < -1e-9]):
+            return float(down[0])
+    return None
+
+
+def _at(term: TermConfig, progress: float) -> tuple[float, dict[str, Any]]:
+    """Weight and parameters of a term after a fraction of training."""
+    now = {name: schedule.at(progress) for name, schedule in term.schedules.items()}
+    weight = now.pop("weight", term.weight)
+    return weight, {**term.parameters, **now}
+
+
+def term_rows(config: CVLossConfig) -> list[dict[str, Any]]:
+    """What the key means, a mapping for each term."""
+    rows = []
+    for term in config.terms:
+        spelt = term.dump()
+        weight, name = spelt.pop("weight"), spelt.pop("loss")
+        scope, sets = spelt.pop("scope"), (spelt.pop("per", None), spelt.pop("reduce", None))
+        rows.append(
+            {
+                "weight": _number(term.schedules.get("weight"), weight),
+                "loss": name,
+                "with": ", ".join(f"{key} {_number(term.schedules.get(key), v)}" for key, v in spelt.items()),
+                "over": ROWS[scope],
+                "a set is": SETS.get(sets, ""),
+                "formula": available_losses()[name].formula,
+            }
+        )
+    return rows
+
+
+def _number(schedule: Schedule | None, value: Any) -> str:
+    if schedule is None:
+        return plain(value)
+    return f"{schedule.start:g} to {schedule.to:g} over {schedule.over:.0%} of training ({schedule.shape})"

@@ -1,0 +1,247 @@
+"""The command ``cvloss``, also ``axolotl cvloss``: losses, what a config means, curves.
+
+Only click is imported at the top, so that ``--help`` is quick: the losses bring torch along.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .registry import Loss
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="axolotl-cvloss")
+def cli() -> None:
+    """Losses for the key cv_loss: list them, check a config, plot curves."""
+
+
+@cli.command("list")
+@as_json
+def list_(as_json: bool) -> None:
+    """All losses: formula, what they need, cost and source."""
+    from .descriptions import VISIT, cost, described, needs
+    from .registry import available_losses
+
+    losses = available_losses().values()
+    if as_json:
+        _print_json([described(loss) for loss in losses])
+        return
+    _print_table(
+        ("loss", "family", "formula", "needs", "cost", "source"),
+        [(loss.name, loss.family, loss.formula, needs(loss), cost(loss), loss.source) for loss in losses],
+    )
+    if sys.stdout.isatty():
+        click.echo(VISIT)
+
+
+@cli.command()
+@click.argument("loss")
+@as_json
+def show(loss: str, as_json: bool) -> None:
+    """One loss: formula, parameters, source, when it helps and when it hurts."""
+    from .descriptions import described, plain
+
+    said = described(_loss(loss))
+    if as_json:
+        _print_json(said)
+        return
+    click.echo(f"{said['name']}: {said['summary'] or 'no description'}\n")
+    for paragraph in said["remarks"]:
+        click.echo(paragraph + "\n")
+    for name in ("formula", "source", "family", "cost", "helps", "hurts"):
+        if said[name]:
+            click.echo(f"{name + ':':<9}{said[name]}")
+    for number, (name, what) in enumerate(said["needs"].items()):
+        click.echo(f"{'' if number else 'needs:':<9}{name}: {what}")
+    if said["requires"]:
+        click.echo(f"{'':<9}the package {said['requires']}")
+    if said["reference"]:
+        click.echo("also:    as the paper's code has it, with reference: true")
+    click.echo()
+    if said["parameters"]:
+        rows = [(p["name"], plain(p["default"]), p["allowed"]) for p in said["parameters"]]
+        _print_table(("parameter", "default", "allowed"), rows)
+        click.echo()
+    given = "".join(f", {p['name']}: {plain(p['default'])}" for p in said["parameters"])
+    click.echo(f"cv_loss:\n  {said['name']}: {{weight: 1{given}}}")
+
+
+@cli.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--host", type=click.Choice(["axolotl", "trl"]), help="What the config is for, if its keys do not say.")
+@as_json
+def check(config: Path, host: str | None, as_json: bool) -> None:
+    """Check the YAML of Axolotl or TRL and say which objective it means. No model is loaded.
+
+    The exit code is 1 where training would stop, or would train with another loss.
+    """
+    from .checking import check_file, term_rows
+    from .objective import Objective
+
+    report = check_file(config, host)
+    objective = None if report.config is None else str(Objective(report.config))
+    if as_json:
+        _print_json(
+            {
+                "config": str(config),
+                "host": report.host,
+                "objective": objective,
+                "cv_loss": None if report.config is None else report.config.dump(),
+                "errors": report.errors,
+                "warnings": report.warnings,
+            }
+        )
+    else:
+        if report.config is not None:
+            click.echo(f"objective: {objective}\n")
+            _print_table_of(term_rows(report.config))
+            click.echo()
+        for kind, lines in (("error", report.errors), ("warning", report.warnings)):
+            for line in lines:
+                click.echo(f"{kind}: {line}", err=kind == "error")
+        if not report.errors:
+            of_host = {"axolotl": "for Axolotl", "trl": "for TRL", None: "as far as the key cv_loss goes"}
+            click.echo(f"{config}: fine {of_host[report.host]}")
+    sys.exit(1 if report.errors else 0)
+
+
+@cli.command()
+@click.argument("losses", nargs=-1, required=True, metavar="LOSS...")
+@click.option(
+    "-p",
+    "given",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A parameter, for all losses that have it. Given more than once, there is a curve for each value.",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="curves.png", show_default=True)
+@as_json
+def plot(losses: Sequence[str], given: Sequence[str], out: Path, as_json: bool) -> None:
+    """Value and gradient of token losses against the probability p of the target.
+
+    For example: cvloss plot cross_entropy focal -p gamma=1 -p gamma=3
+
+    With --json the points are printed, and no picture is made.
+    """
+    from .curves import NotACurve, curve, save
+
+    values = _given(given)
+    chosen = [_loss(name) for name in losses]
+    known = {name for loss in chosen for name in loss.parameters.model_fields}
+    for name in values:
+        if name not in known:
+            raise click.ClickException(f"-p {name}: none of these losses has it; they have: {', '.join(sorted(known))}")
+    curves = {}
+    for loss in chosen:
+        own = [[(name, value) for value in values[name]] for name in values if name in loss.parameters.model_fields]
+        for combination in product(*own):
+            label = " ".join([loss.name, *(f"{name}={value}" for name, value in combination)])
+            try:
+                curves[label] = curve(loss, _parameters(loss, dict(combination)))
+            except NotACurve as error:
+                raise click.ClickException(str(error)) from error
+    if as_json:
+        _print_json({name: {k: v.tolist() for k, v in c._asdict().items()} for name, c in curves.items()})
+        return
+    try:
+        save(curves, out)
+    except ModuleNotFoundError as error:
+        raise click.ClickException("plot needs matplotlib: pip install matplotlib") from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(f"{out}: {error}") from error
+    click.echo(f"{out}: {', '.join(curves)}")
+
+
+@cli.command()
+@click.argument("predictions", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@as_json
+def score(predictions: Path, as_json: bool) -> None:
+    """Exact match and formula metrics of generated answers.
+
+    PREDICTIONS is JSONL with the fields task (gsm8k, mathqa, openbookqa or hellaswag), prediction and reference; see
+    the docstring of axolotl_cvloss.scoring for the metrics.
+    """
+    from .scoring import score_file
+
+    try:
+        scores = score_file(predictions)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        _print_json(scores)
+        return
+    metrics = list(dict.fromkeys(metric for of_task in scores.values() for metric in of_task))
+    rows = [[name, *(f"{s[name]:.4g}" if name in s else "" for s in scores.values())] for name in metrics]
+    _print_table(("metric", *scores), rows)
+
+
+def _given(given: Sequence[str]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise click.ClickException(f"-p {text}: must be NAME=VALUE, such as gamma=3")
+        values.setdefault(name.strip(), []).append(value.strip())
+    return values
+
+
+def _parameters(loss: "Loss", given: Mapping[str, str]) -> dict[str, Any]:
+    """All parameters of a loss, checked as those of the YAML are."""
+    from .config import ConfigError, CVLossConfig
+
+    try:
+        return CVLossConfig.parse({loss.name: dict(given)}).terms[0].parameters
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _loss(name: str) -> "Loss":
+    from .registry import get_loss
+
+    try:
+        return get_loss(name)
+    except KeyError as error:
+        raise click.ClickException(f"unknown loss {name!r}; {error.args[0]}") from error
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table_of(rows: Sequence[Mapping[str, str]]) -> None:
+    """A table of mappings, without the columns that are empty in all of them."""
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    _print_table(columns, [[row[name] for name in columns] for row in rows])
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for people; where the output is piped, one line a row and nothing drawn."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=not terminal)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # text, as formulas have brackets
+    console = Console(width=None if terminal else 10_000, highlight=False)
+    if terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))

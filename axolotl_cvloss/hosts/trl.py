@@ -1,0 +1,146 @@
+"""TRL: ``cv_loss`` in SFTConfig, and the objective in the place of SFTTrainer's own loss.
+
+SFTTrainer computes its loss itself: in 1.9 on logits or in a forward of its own, later under a fused head whose
+log-probabilities make the loss. Both pass by what a model returns as its loss. So ``compute_loss`` and
+``prediction_step`` go to transformers' Trainer here, and what SFTTrainer logs is taken from the objective.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import sft_trainer
+
+from ..config import KEY, ConfigError, CVLossConfig
+from ..installation import install
+from ..objective import Objective
+from .transformers import ObjectiveTrainer, attach
+from .trl_keys import LOSS_TYPE, conflicts, parallel
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CVLossSFTConfig(SFTConfig):
+    """SFTConfig with the key ``cv_loss``. Without the key it is SFTConfig."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, KEY]
+
+    cv_loss: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Objective to train with: a loss, a mapping of losses to weights, or terms."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cv_loss is None:
+            return
+        problems = conflicts(partial(getattr, self))
+        try:
+            self.cv_loss = CVLossConfig.parse(self.cv_loss).dump()
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        self.loss_type = LOSS_TYPE
+
+
+class CVLossSFTTrainer(SFTTrainer):
+    """SFTTrainer with the objective of ``args.cv_loss``. Without the key it is SFTTrainer.
+
+    It takes what SFTTrainer takes, but for ``compute_loss_func``, and logs the same metrics, beside the terms.
+    """
+
+    def __init__(self, model: Any, args: SFTConfig | None = None, *more: Any, **named: Any) -> None:
+        if not isinstance(args, CVLossSFTConfig):
+            given = type(args).__name__
+            raise TypeError(f"{type(self).__name__} needs args=CVLossSFTConfig({KEY}=...), not a {given}")
+        if args.cv_loss is None:
+            logger.warning(f"{KEY}: the key is not in the config, so training uses TRL's own loss")
+            super().__init__(model, args, *more, **named)
+            return
+        if named.get("compute_loss_func") is not None:
+            raise ConfigError(
+                f"{KEY} cannot be used with compute_loss_func: it brings another loss; remove it and register yours "
+                "with register_loss"
+            )
+        args.loss_type = "nll"
+        try:
+            with _adapters_on_the_head():
+                super().__init__(model, args, *more, **named)
+        finally:
+            args.loss_type = LOSS_TYPE
+        # accelerate may have been told on the command line or in the environment.
+        if problems := parallel(getattr(self.accelerator, "parallelism_config", None)):
+            raise ConfigError("\n".join(problems))
+        objective = Objective.from_config(args.cv_loss)
+        objective.diagnose = True
+        install(self.model, objective)
+        attach(self)
+        # SFTTrainer puts the coefficient of the auxiliary loss into the config, which most models have read by then.
+        if self.aux_loss_enabled and hasattr(self.cv_loss.model, "router_aux_loss_coef"):
+            self.cv_loss.model.router_aux_loss_coef = self.model.config.get_text_config().router_aux_loss_coef
+        logger.info(f"{KEY}: training with {objective}")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Any:
+        if not isinstance(self, ObjectiveTrainer):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        self._record_metrics(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, ObjectiveTrainer):
+            return super().prediction_step(*args, **kwargs)
+        return ObjectiveTrainer.prediction_step(self, *args, **kwargs)
+
+    def _record_metrics(self, inputs: dict[str, Any], outputs: Any) -> None:
+        """Entropy, token accuracy, tokens and auxiliary loss of a micro-batch on all ranks, as SFTTrainer has them."""
+        training = self.model.training
+        _, result = self._cv_records[training][-1]
+        trained, means = result.n_tokens, result.diagnostics
+        mask = inputs.get("attention_mask")
+        seen = inputs["input_ids"].numel() if mask is None else mask.sum()  # without a mask there is no padding
+        aux_loss = outputs.aux_loss.detach() if self.aux_loss_enabled else 0.0
+        numbers = [trained, seen, trained * means["entropy"], trained * means["accuracy"], aux_loss]
+        local = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=result.nll.device) for n in numbers])
+        totals = self.accelerator.gather(local[None]).cpu().double().sum(0)  # float32 holds the counts of a rank
+        trained, seen, entropy, correct, aux_loss = totals.tolist()
+        if training:
+            self._total_train_tokens += int(seen)
+        metrics = self._metrics["train" if training else "eval"]
+        metrics["entropy"].append(entropy / max(1, trained))
+        metrics["mean_token_accuracy"].append(correct / max(1, trained))
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(aux_loss / self.args.world_size)
+
+
+@contextmanager
+def _adapters_on_the_head() -> Iterator[None]:
+    """Newer versions of TRL refuse adapters on the head, as their own loss passes them by; the objective does not."""
+    known = vars(sft_trainer).get("BaseTunerLayer")
+    if known is None:
+        yield
+        return
+    sft_trainer.BaseTunerLayer = ()  # isinstance(head, ()) is False
+    try:
+        yield
+    finally:
+        sft_trainer.BaseTunerLayer = known

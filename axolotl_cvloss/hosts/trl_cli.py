@@ -1,0 +1,40 @@
+"""``cvloss-sft``: the command ``trl sft`` with the key ``cv_loss``.
+
+It starts this module under ``accelerate launch``, as ``trl sft`` starts its script, so it takes the arguments of that
+too. What runs then is TRL's script with the config and the trainer of this package.
+"""
+
+import sys
+from typing import Any
+
+import trl
+from accelerate.commands.launch import launch_command, launch_command_parser
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts import sft
+
+from .trl import CVLossSFTConfig, CVLossSFTTrainer
+
+MODULE = "axolotl_cvloss.hosts.trl_cli"
+
+
+def parsed(arguments: list[str]) -> Any:
+    """The dataclasses of the script, and the unknown arguments of the config file and of the command line."""
+    # TRL's script imports these two inside its functions. If it no longer did, the parser would not know cv_loss, and
+    # SFTTrainer would refuse a config that has it.
+    trl.SFTConfig, trl.SFTTrainer = CVLossSFTConfig, CVLossSFTTrainer
+    parser = sft.make_parser(prog="cvloss-sft")
+    return parser.parse_args_and_config(arguments, return_remaining_strings=True, separate_remaining_strings=True)
+
+
+def command() -> None:
+    """Check the config, then start the training processes."""
+    arguments = sys.argv[1:]
+    *_, of_config, of_line = parsed(arguments)
+    # accelerate refuses what it does not know either.
+    launch_args = resolve_accelerate_config_argument([*of_config, *of_line])
+    launch_command(launch_command_parser().parse_args([*launch_args, "--module", MODULE, *arguments]))
+
+
+if __name__ == "__main__":
+    *dataclasses, _, _ = parsed(sys.argv[1:])
+    sft.main(*dataclasses)

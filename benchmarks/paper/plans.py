@@ -1,0 +1,115 @@
+"""What is compared, and how much of it: losses, datasets, seeds, learning rates, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+CROSS_ENTROPY = "cross_entropy"
+PAPER = ("focal", "generalized_dice", "self_adjusting_dice", "lovasz")  # the four that the paper compares with it
+REFERENCE = ":reference"  # behind a loss: as the paper's code computes it, with its slips
+LOSSES = (CROSS_ENTROPY, *PAPER, "dice", "tversky", "generalized_dice" + REFERENCE)
+
+
+def objective(loss: str) -> dict[str, Any]:
+    """The value of `cv_loss`: cross-entropy over prompt and answer, and with it the other loss over the answer."""
+    cross_entropy = {"loss": CROSS_ENTROPY, "scope": "sequence"}
+    if loss == CROSS_ENTROPY:
+        return {"terms": [{**cross_entropy, "weight": 1.0}]}
+    terms = [{**cross_entropy, "weight": 0.6}, {"loss": loss.removesuffix(REFERENCE), "weight": 0.4}]
+    return {"terms": terms, "reference": loss.endswith(REFERENCE)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`None` rows are all of them; 0 steps are the epochs of the paper's recipe."""
+
+    datasets: tuple[str, ...]
+    losses: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]  # tried with the first seed; the best on the validation rows is taken for all seeds
+    train: int | None
+    valid: int
+    test: int | None
+    steps: int
+    batch: int
+    eval_batch: int
+    new_tokens: int | None = None  # None: as many as the longest target of the dataset may need
+
+
+PLANS = {
+    "smoke": Plan(
+        datasets=("gsm8k",),
+        losses=(CROSS_ENTROPY, "lovasz"),
+        seeds=(0,),
+        rates=(3e-3,),
+        train=64,
+        valid=8,
+        test=8,
+        steps=6,
+        batch=4,
+        eval_batch=8,
+        new_tokens=16,
+    ),
+    "quick": Plan(
+        datasets=("gsm8k",),
+        losses=(CROSS_ENTROPY, "lovasz"),
+        seeds=(0,),
+        rates=(1e-3,),
+        train=320,
+        valid=16,
+        test=48,
+        steps=80,
+        batch=4,
+        eval_batch=16,
+        new_tokens=96,
+    ),
+    "full": Plan(
+        datasets=("gsm8k", "mathqa", "openbookqa"),
+        losses=LOSSES,
+        seeds=(0, 1, 2),
+        rates=(1e-5, 1e-4, 1e-3),
+        train=None,
+        valid=200,
+        test=None,
+        steps=3000,
+        batch=8,
+        eval_batch=64,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    dataset: str
+    loss: str
+    seed: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.loss}, seed {self.seed}, lr {self.rate:g}"
+
+
+def sweep(plan: Plan, dataset: str) -> list[Run]:
+    if len(plan.rates) == 1:
+        return []
+    return [Run(dataset, loss, plan.seeds[0], rate) for loss in plan.losses for rate in plan.rates]
+
+
+def finals(plan: Plan, dataset: str, rates: dict[str, float]) -> list[Run]:
+    """Seed by seed, so that a run that is cut short has compared all losses on some seeds."""
+    return [Run(dataset, loss, seed, rates[loss]) for seed in plan.seeds for loss in plan.losses]
+
+
+def best_rate(plan: Plan, lines: dict[Run, dict[str, Any]], dataset: str, loss: str) -> float:
+    """By exact match on the validation rows; where that is equal, by the lower NLL there."""
+    if len(plan.rates) == 1:
+        return plan.rates[0]
+
+    def rank(rate: float) -> tuple[float, float]:
+        found = lines[Run(dataset, loss, plan.seeds[0], rate)]["validation"]
+        return found["exact_match"], -found["nll"]
+
+    return max(plan.rates, key=rank)

@@ -1,0 +1,180 @@
+"""What README.md and docs/ say is what the code says, and what they show works."""
+
+import ast
+import builtins
+import json
+import re
+import shlex
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from helpers import temporary_losses
+
+from axolotl_cvloss import available_losses, register_loss
+from axolotl_cvloss.cli import cli
+from axolotl_cvloss.config import ConfigError, CVLossConfig
+
+REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = spec_from_file_location("docs", REPOSITORY / "tools" / "docs.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def name_of(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+def blocks(path, *languages):
+    """The code of a page: its line and its text."""
+    text = path.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        if found[2] in languages:
+            indent, code = len(found[1]), found[3]
+            yield text[: found.start(3)].count("\n") + 1, "".join(line[indent:] for line in code.splitlines(True))
+
+
+def test_the_pages_are_what_the_docstrings_say(tool):
+    written = {path: path.read_text(encoding="utf-8") for path in tool.PAGES.glob("*.md")}
+    assert written == tool.pages(), "run python tools/docs.py"
+
+
+def test_the_table_of_losses_is_what_the_docstrings_say(tool):
+    text = README.read_text(encoding="utf-8")
+    assert text == tool.readme(text), "run python tools/docs.py"
+
+
+def test_every_loss_has_its_place(tool):
+    text = README.read_text(encoding="utf-8")
+    rows = [line for line in text.split(tool.START)[1].split(tool.END)[0].splitlines() if line.startswith("| [")]
+    names = [re.match(r"\| \[`(\w+)`\]", row)[1] for row in rows]
+    assert len(names) == len(set(names))
+    for name, loss in available_losses().items():
+        if loss.function.__module__.startswith("axolotl_cvloss."):
+            row = rows[names.index(name)].replace("\\|", "|")
+            assert f"`{loss.formula}`" in row
+            page = (tool.PAGES / f"{loss.family}.md").read_text(encoding="utf-8")
+            section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+            assert f"`{loss.formula}`" in section
+            assert all(f"| `{parameter}` |" in section for parameter in loss.parameters.model_fields)
+
+
+def test_every_built_in_loss_says_what_users_ask(tool):
+    for losses in tool.built_in().values():
+        for loss in losses:
+            assert loss.summary.endswith("."), loss.name
+            assert loss.formula, loss.name
+            assert loss.source, loss.name
+
+
+def test_the_picture_of_the_curves(tool):
+    image = pytest.importorskip("matplotlib.image")
+    pixels = image.imread(tool.PICTURE)
+    assert min(pixels.shape[:2]) > 400
+    assert len({tuple(pixel) for row in pixels[::3, ::3] for pixel in row.tolist()}) > 20
+    assert {"cross_entropy", "focal", "self_adjusting_dice"} <= set(tool.curves())
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", path.read_text(encoding="utf-8"))):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_code_and_configs(path):
+    """Python compiles, and runs where it needs nothing but the page; every ``cv_loss`` is a valid one."""
+    names = {"__name__": "page"}
+    with temporary_losses():
+        for line, code in blocks(path, "python"):
+            compiled = compile(code, f"{path.name}:{line}", "exec")
+            if unknown(code) <= names.keys():
+                exec(compiled, names)
+        if "cvloss_register_losses" in names:
+            names["cvloss_register_losses"](register_loss)
+        for line, text in blocks(path, "yaml", "yml", "diff"):
+            if added := [part[1:] for part in text.splitlines() if part.startswith("+")]:
+                text = "\n".join(re.sub("^ ", "", part) for part in added)
+            # One block may show the key several times.
+            for part in re.split(r"^(?=cv_loss:)", text, flags=re.MULTILINE):
+                config = yaml.safe_load(part)
+                if isinstance(config, dict) and "cv_loss" in config:
+                    try:
+                        CVLossConfig.parse(config["cv_loss"])
+                    except ConfigError as error:
+                        pytest.fail(f"{path.name}:{line}: {error}")
+
+
+def unknown(code):
+    """The names that a piece of code uses before it makes them."""
+    known, missing = set(dir(builtins)), set()
+    for statement in ast.parse(code).body:
+        nodes = list(ast.walk(statement))
+        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        made = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        made |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        made |= {(alias.asname or alias.name).split(".")[0] for alias in imports}
+        # The right side of an assignment comes before its targets.
+        targets = [node for target in getattr(statement, "targets", []) for node in ast.walk(target)]
+        missing |= used - known - (made - {node.id for node in targets if isinstance(node, ast.Name)})
+        known |= made
+    return missing
+
+
+def test_code_that_needs_nothing_is_known_as_such():
+    assert unknown("from a import b as c\ndef f(x: int = 1):\n    y = [z for z in x]\n    return c(y, len(x))") == set()
+    assert unknown("import torch\nloss = model(torch.ones(1)).loss") == {"model"}
+    assert unknown("a = 1\nmodel, b = prepare(model, a)") == {"model", "prepare"}
+
+
+def test_the_readme_has_code_that_runs():
+    assert [line for line, code in blocks(README, "python") if not unknown(code)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_commands(path, tmp_path, monkeypatch):
+    """Every call of cvloss, with files of the names that it mentions."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "example_configs").symlink_to(REPOSITORY / "example_configs")
+    answer = {"task": "gsm8k", "prediction": "#### 7", "reference": "#### 7"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(answer))
+    for line, text in blocks(path, "bash", "console", "sh"):
+        for command in re.findall(r"^(?:\$ )?(?:axolotl )?cvloss +(.*)$", text, re.MULTILINE):
+            arguments = shlex.split(command, comments=True)
+            for argument in arguments:
+                if argument.endswith(".yaml") and not Path(argument).exists():
+                    Path(argument).write_text("cv_loss: {cross_entropy: 0.6, lovasz: 0.4}")
+            result = CliRunner().invoke(cli, arguments)
+            assert result.exit_code == 0, f"{path.name}:{line}: cvloss {command}: {result.output}"
+
+
+def test_the_readme_names_every_command():
+    text = "".join(code for _, code in blocks(README, "bash"))
+    assert set(re.findall(r"^cvloss (\w+)", text, re.MULTILINE)) == set(cli.commands)
+
+
+def test_the_message_in_the_readme():
+    (shown,) = [code.strip() for _, code in blocks(README, "") if code.startswith("cv_loss")]
+    with pytest.raises(ConfigError) as error:
+        CVLossConfig.parse({"focal": {"gama": 3}})
+    assert shown == str(error.value)

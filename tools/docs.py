@@ -1,0 +1,106 @@
+"""Write the table of losses in README.md and the pages of docs/losses/ from the docstrings: python tools/docs.py.
+
+A test keeps them equal.
+"""
+
+import re
+from pathlib import Path
+
+from axolotl_cvloss import available_losses
+from axolotl_cvloss.curves import Curve, NotACurve, curve, save
+from axolotl_cvloss.descriptions import FAMILY, VISIT, described, plain
+from axolotl_cvloss.registry import FAMILIES, Loss
+
+REPOSITORY = Path(__file__).parent.parent
+README = REPOSITORY / "README.md"
+PAGES = REPOSITORY / "docs" / "losses"
+PICTURE = REPOSITORY / "docs" / "curves.png"
+START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses -->"
+
+
+def built_in() -> dict[str, list[Loss]]:
+    """The losses of each family that has some; not those of other packages, which may be installed too."""
+    losses = [loss for loss in available_losses().values() if loss.function.__module__.startswith("axolotl_cvloss.")]
+    families = {family: [loss for loss in losses if loss.family == family] for family in FAMILIES}
+    return {family: found for family, found in families.items() if found}
+
+
+def readme(text: str) -> str:
+    """The README with a new table of losses."""
+    before, after = text.split(START)[0], text.split(END)[1]
+    rows = [("key", "value", "parameters", "family")]
+    for family, losses in built_in().items():
+        page = f"{PAGES.relative_to(REPOSITORY)}/{family}.md"
+        for loss in losses:
+            said = described(loss)
+            parameters = ", ".join(f"`{p['name']}` {plain(p['default'])}" for p in said["parameters"])
+            rows.append(
+                (f"[`{loss.name}`]({page}#{loss.name})", f"`{said['formula']}`", parameters, f"[{family}]({page})")
+            )
+    return f"{before}{START}\n{table(rows)}\n{END}{after}"
+
+
+def page(family: str, losses: list[Loss]) -> str:
+    """The page of a family."""
+    what, cost = FAMILY[family]
+    lines = [
+        "<!-- Written by tools/docs.py from the docstrings. -->",
+        f"# Losses of the family {family}",
+        f"{what} Cost: {cost}. {VISIT}",
+        table([("given to the loss", ""), *((f"`{name}`", said) for name, said in FAMILIES[family].items())]),
+    ]
+    if family == "token":
+        lines += [
+            "Value, and pull of the gradient on the logit of the target, for those that are functions of its "
+            "probability p alone, with default parameters. `cvloss plot` draws them with others.",
+            f"![value and pull against p](../{PICTURE.name})",
+        ]
+    for loss in losses:
+        said = described(loss)
+        lines += [f"## {loss.name}", said["summary"], *said["remarks"]]
+        lines.append(f"`{said['formula']}`")
+        if said["parameters"]:
+            parameters = [(f"`{p['name']}`", plain(p["default"]), p["allowed"]) for p in said["parameters"]]
+            lines.append(table([("parameter", "default", "allowed"), *parameters]))
+        facts = [("Helps", said["helps"]), ("Hurts", said["hurts"]), ("Source", linked(said["source"]))]
+        if said["requires"]:
+            facts.append(("Needs", f"the package `{said['requires']}`"))
+        if said["reference"]:
+            facts.append(("Reference", "with `reference: true` as the paper's code has it"))
+        lines.append("\n".join(f"- {name}: {text}" for name, text in facts if text))
+    return "\n\n".join(lines) + "\n"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def linked(source: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
+
+
+def curves() -> dict[str, Curve]:
+    """Of the losses of the family token that have one."""
+    found = {}
+    for loss in built_in()["token"]:
+        try:
+            found[loss.name] = curve(loss, loss.parameters().model_dump())
+        except NotACurve:
+            continue
+    return found
+
+
+def pages() -> dict[Path, str]:
+    return {PAGES / f"{family}.md": page(family, losses) for family, losses in built_in().items()}
+
+
+if __name__ == "__main__":
+    PAGES.mkdir(parents=True, exist_ok=True)
+    for path in PAGES.glob("*.md"):
+        path.unlink()
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    save(curves(), PICTURE)
