@@ -235,7 +235,7 @@ def _validate(
     count = len(problems)
     for name, value in fields.items():
         if isinstance(value, bool) and (field := _field(model, name)) is not None and field.annotation is not bool:
-            problems.append(f"{where}.{name}: must be {_allowed(model, name)}, not {_show(value)}")
+            problems.append(f"{where}.{name}: must be {allowed(model, name)}, not {_show(value)}")
     try:
         instance = model.model_validate(fields)
     except ValidationError as error:
@@ -250,9 +250,9 @@ def _validate(
                 whose = f"parameter of {owner.name}" if owner else "field"
                 message = f"unknown {whose}; {nearest(name, known)}allowed: {', '.join(known)}"
             elif problem["type"] == "missing":
-                message = f"is missing; give {_allowed(model, name)}"
+                message = f"is missing; give {allowed(model, name)}"
             else:
-                message = f"must be {_allowed(model, name)}, not {_show(problem['input'])}"
+                message = f"must be {allowed(model, name)}, not {_show(problem['input'])}"
             if not any(p.startswith(f"{where}.{name}: ") for p in problems[count:]):
                 problems.append(f"{where}.{name}: {message}")
         if len(problems) > count:
@@ -267,7 +267,7 @@ def _field(model: type[BaseModel], name: str) -> FieldInfo | None:
     return next((field for n, field in model.model_fields.items() if name == (field.alias or n)), None)
 
 
-def _allowed(model: type[BaseModel], name: str) -> str:
+def allowed(model: type[BaseModel], name: str) -> str:
     """What a field takes, in words, from its annotation and bounds."""
     field = _field(model, name)
     assert field is not None

@@ -4,7 +4,7 @@ import inspect
 import re
 from typing import Any
 
-from .config import _allowed as allowed
+from .config import allowed
 from .registry import FAMILIES, Loss
 
 # A family's losses in a sentence, and what they cost.

@@ -187,9 +187,7 @@ class Objective:
         # With no other term there is still the NLL, which wants no gradient.
         with torch.autocast(rows.labels.device.type, enabled=False):
             with torch.set_grad_enabled(torch.is_grad_enabled() and bool(others)):
-                outcome = compute(
-                    source, others, rows, counts, denominators, num_items_in_batch is None, self.diagnose
-                )
+                outcome = compute(source, others, rows, counts, denominators, num_items_in_batch is None, self.diagnose)
             if dense:
                 outcome = add_dense(outcome, source.tensors[0], dense, rows, counts, denominators)
         return self._result(outcome, counts)

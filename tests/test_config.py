@@ -218,8 +218,7 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         ),
         (
             {"focal": {"gama": 3}},
-            "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? "
-            "allowed: gamma, alpha, weight, scope",
+            "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? allowed: gamma, alpha, weight, scope",
         ),
         (
             {"focal": {"wieght": 3}},

@@ -60,9 +60,7 @@ class Sets:
         joint: The rows of all processes make one set, of which each holds a part.
     """
 
-    def __init__(
-        self, labels: Tensor, members: Tensor, numbers: Tensor, vocab_size: int, joint: bool = False
-    ) -> None:
+    def __init__(self, labels: Tensor, members: Tensor, numbers: Tensor, vocab_size: int, joint: bool = False) -> None:
         numbers, sizes = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)[1:]
         pairs, row_pair, labelled = torch.unique(
             numbers * vocab_size + labels[members], return_inverse=True, return_counts=True
