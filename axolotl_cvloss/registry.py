@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
 import pluggy
@@ -72,6 +73,11 @@ class Loss:
     def per_set(self) -> bool:
         return self.family in SET_FAMILIES
 
+    @property
+    def built_in(self) -> bool:
+        """Whether it is of this package, and not of another one that is installed, or of a script."""
+        return self.function.__module__.startswith("axolotl_cvloss.")
+
 
 _losses: dict[str, Loss] = {}
 
@@ -113,7 +119,10 @@ def register_loss(
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
             raise ValueError(f"{name!r} cannot name a loss: lower case letters, digits and _, and none of {RESERVED}")
         if name in _losses:
-            raise ValueError(f"a loss named {name!r} is registered already, by {_losses[name].function.__module__}")
+            first = _losses[name].function.__module__
+            raise ValueError(
+                f"a loss named {name!r} is registered already, by {first}; {function.__module__} must take another name"
+            )
         if family not in FAMILIES:
             raise ValueError(f"loss {name!r}: unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
         hints = get_type_hints(function, include_extras=True)
@@ -200,7 +209,13 @@ def plugin_manager() -> pluggy.PluginManager:
         manager.hook.cvloss_register_losses.call_historic(kwargs={"register": register_loss})
         for module in losses.BUILT_IN:
             manager.register(module)
-        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+        for entry in entry_points(group=hookspecs.PROJECT):
+            try:
+                manager.load_setuptools_entrypoints(hookspecs.PROJECT, entry.name)
+            except ImportError as error:
+                package = entry.dist.name if entry.dist else entry.value
+                error.msg = f"{package}, a package with losses, cannot be imported: {error.msg}"
+                raise
         manager.check_pending()
     except BaseException:
         # The next call must fail in the same way, not over what this one has left.

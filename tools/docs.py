@@ -20,7 +20,7 @@ START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses --
 
 def built_in() -> dict[str, list[Loss]]:
     """The losses of each family that has some; not those of other packages, which may be installed too."""
-    losses = [loss for loss in available_losses().values() if loss.function.__module__.startswith("axolotl_cvloss.")]
+    losses = [loss for loss in available_losses().values() if loss.built_in]
     families = {family: [loss for loss in losses if loss.family == family] for family in FAMILIES}
     return {family: found for family, found in families.items() if found}
 

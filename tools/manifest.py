@@ -1,6 +1,6 @@
 """Write plugin.yaml from the code: python tools/manifest.py. A test keeps the two equal."""
 
-from importlib.metadata import version
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ def manifest() -> dict[str, Any]:
         "entry_points": {
             "axolotl_plugin": f"{PROJECT}.{CVLossPlugin.__name__}",
             "axolotl_args": f"{CVLossArgs.__module__}.{CVLossArgs.__name__}",
+            "trl_trainer": f"{PROJECT}.CVLossSFTTrainer",
+            "trl_config": f"{PROJECT}.CVLossSFTConfig",
+            "commands": sorted(script.name for script in entry_points(group="console_scripts") if _ours(script)),
             "losses_of_other_packages": PROJECT,
         },
         "config": {
@@ -37,8 +40,13 @@ def manifest() -> dict[str, Any]:
                 "parameters": {n: f.default for n, f in loss.parameters.model_fields.items()},
             }
             for name, loss in available_losses().items()
+            if loss.built_in
         },
     }
+
+
+def _ours(script: EntryPoint) -> bool:
+    return script.module.startswith(f"{PROJECT}.")
 
 
 def _fields(model: Any) -> dict[str, Any]:
