@@ -1,0 +1,70 @@
+"""The pages for people: what they say of families, hooks and losses is so, and what they show runs in full."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from helpers import temporary_losses
+
+from axolotl_cvloss import available_losses, hookspecs, register_loss
+from axolotl_cvloss.config import ConfigError, CVLossConfig
+from axolotl_cvloss.registry import FAMILIES, plugin_manager
+
+DOCS = Path(__file__).parents[1] / "docs"
+OWN, WHICH = DOCS / "write-your-own-loss.md", DOCS / "which-loss.md"
+
+
+def code(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_of_families():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", OWN.read_text(), re.MULTILINE)
+    assert rows == [(family, *item) for family, given in FAMILIES.items() for item in given.items()]
+
+
+def test_the_page_runs_from_top_to_bottom():
+    text, names = OWN.read_text(), {"__name__": "page"}
+    with temporary_losses():
+        for part in code(text, "python"):
+            exec(part, names)  # the last one checks a gradient and a value
+        names["cvloss_register_losses"](register_loss)
+        assert {"brier", "geometric", "squared"} <= available_losses().keys()
+        assert CVLossConfig.parse({"brier": {"gamma": 3.0}}).dump()["terms"][0]["gamma"] == 3
+        with pytest.raises(ConfigError, match="gamma"):
+            CVLossConfig.parse({"brier": {"gamma": 5}})
+
+
+def test_losses_named_on_the_page_exist():
+    table = [line for line in WHICH.read_text().splitlines() if line.startswith("| ")][1:]
+    named = {name for line in table for name in re.findall(r"`(\w+)`", line)}
+    assert len(named) > 5
+    assert named <= available_losses().keys()
+
+
+def test_every_hook_has_the_signature_that_it_documents():
+    hooks = {name: f for name, f in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("cvloss_")}
+    assert set(hooks) == {name for name in vars(plugin_manager().hook) if name.startswith("cvloss_")}
+    for name, function in hooks.items():
+        (shown,) = re.findall(rf"def {name}\((.*)\):", inspect.getdoc(function))
+        assert shown == ", ".join(inspect.signature(function).parameters)
+
+
+def test_register_is_typed_as_what_it_is():
+    def arguments(function):
+        found = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in found if p.name != "self"]
+
+    assert arguments(hookspecs.Register.__call__) == arguments(register_loss)
+
+
+def test_the_example_of_the_hook_works():
+    (source,) = re.findall(
+        r"``my_losses.py``::\n\n(.*?)\nand ``", inspect.getdoc(hookspecs.cvloss_register_losses), re.S
+    )
+    names = {}
+    exec(inspect.cleandoc(source), names)
+    with temporary_losses():
+        names["cvloss_register_losses"](register_loss)
+        assert CVLossConfig.parse({"brier": {"scale": 2.0}})
