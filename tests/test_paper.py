@@ -9,7 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "paper"
 SHARED = FOLDER.parents[2] / "shared" / "data"  # real rows of three of the datasets, where somebody has put them
-MODULES = ("answers", "plans", "run", "summary", "tasks", "tiny", "training")
+MODULES = ("answers", "plans", "run", "seeding", "summary", "tasks", "tiny", "training")
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def test_the_clock_counts_what_is_left():
     for name in "gsm8k", "mathqa":
         for one in plans.finals(plan, name, dict.fromkeys(plan.losses, 1e-4)):
             clock.count((run.stage_of(plan, "final", one), name), 60.0)
-    assert clock.left() == ", about 70 minutes left"
+    assert clock.left() == ", about 70 min left"
 
 
 def config(run, name="gsm8k", model="llama", tied=True, on_gpu=False, work=Path("work"), **changes):

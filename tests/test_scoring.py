@@ -99,6 +99,8 @@ def test_last_number(text, value):
         ("B because of fog", "B"),
         ("The answer is B.", "B"),
         ("Answer: (C)", "C"),
+        ("Answer: **C**", "C"),
+        ("C is the answer", "C"),
         ("answer is D", "D"),
         ("A", "A"),
         ("A. marsh", "A"),

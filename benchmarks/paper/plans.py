@@ -34,7 +34,7 @@ class Plan:
     steps: int
     batch: int
     eval_batch: int
-    new_tokens: int | None = None  # None: as many as the longest target of the dataset may need
+    new_tokens: int | None = None  # where fewer are to do than the longest targets of the dataset need
 
 
 PLANS = {
@@ -55,20 +55,20 @@ PLANS = {
         datasets=("gsm8k",),
         losses=(CROSS_ENTROPY, "lovasz"),
         seeds=(0,),
-        rates=(1e-3,),
-        train=320,
+        rates=(3e-3,),
+        train=224,
         valid=16,
         test=48,
-        steps=80,
+        steps=56,
         batch=4,
         eval_batch=16,
-        new_tokens=96,
+        new_tokens=100,
     ),
     "full": Plan(
         datasets=("gsm8k", "mathqa", "openbookqa"),
         losses=LOSSES,
         seeds=(0, 1, 2),
-        rates=(1e-5, 1e-4, 1e-3),
+        rates=(1e-4, 3e-4, 1e-3),
         train=None,
         valid=200,
         test=None,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from plans import LOSSES, PLANS, REFERENCE, Plan, Run, best_rate, finals, sweep
+from plans import LOSSES, PLANS, Plan, Run, best_rate, finals, objective, sweep
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from summary import Line, append, key_of, read, summarize
@@ -32,6 +32,7 @@ from axolotl_cvloss.config import CVLossConfig
 from axolotl_cvloss.scoring import TASKS
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # after this folder: what the benchmarks share
 console = Console(highlight=False)
 
 
@@ -70,7 +71,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
         PLANS[args.plan], **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     )
     for loss in plan.losses:  # an unknown loss ends it here, not after hours
-        CVLossConfig.parse(loss.removesuffix(REFERENCE))
+        try:
+            CVLossConfig.parse(objective(loss))
+        except ValueError as error:
+            sys.exit(f"--losses {loss}: {error}")
     return plan
 
 
@@ -132,7 +136,7 @@ class Experiment:
             "batch": plan.batch,
             "validation_examples": len(data.valid),
             "test_examples": len(data.test),
-            "new_tokens": plan.new_tokens or self.new_tokens(dataset),
+            "new_tokens": min(task.new_tokens, plan.new_tokens or task.new_tokens),
         }
         if found := self.done.get(key_of(line)):
             self.count(stage, dataset, run, None)
@@ -146,7 +150,7 @@ class Experiment:
                 config, folder, prepared, lambda step: self.show(f"{says}, step {step} of {config['max_steps']}")
             )
         trained = time.monotonic()
-        line |= self.scores(stage, dataset, adapter, folder, lambda text: self.show(f"{says}, {text}"))
+        line |= self.scores(line, adapter, folder, lambda text: self.show(f"{says}, {text}"))
         line["evaluation_seconds"] = time.monotonic() - trained
         line |= {"sources": data.sources, **about(self.device)}
         append(self.file, line)
@@ -162,25 +166,25 @@ class Experiment:
         )
         return line
 
-    def scores(
-        self, stage: str, dataset: str, adapter: Path | None, folder: Path, say: Callable[[str], None]
-    ) -> dict[str, Any]:
+    def scores(self, line: Line, adapter: Path | None, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         from answers import evaluate, load_model
 
-        plan, task, data = self.plan, self.tasks[dataset], self.data[dataset]
+        task, data = self.tasks[line["dataset"]], self.data[line["dataset"]]
         say("evaluation")
         model = load_model(self.model, adapter, self.device)
         found = {}
-        splits = {"validation": data.valid} if stage == "sweep" else {"validation": data.valid, "test": data.test}
+        splits = (
+            {"validation": data.valid} if line["stage"] == "sweep" else {"validation": data.valid, "test": data.test}
+        )
         for split, rows in splits.items():
             pairs = [pair for pair in map(task.example, rows) if pair]
             found[split] = evaluate(
-                dataset,
+                task.name,
                 model,
                 self.tokenizer,
                 pairs,
-                plan.eval_batch,
-                plan.new_tokens or self.new_tokens(dataset),
+                self.plan.eval_batch,
+                line["new_tokens"],
                 folder / f"{split}.jsonl",
                 lambda done, split=split: say(f"{split} {done:.0%}"),
             )
@@ -192,11 +196,6 @@ class Experiment:
 
             torch.cuda.empty_cache()  # the next training is another process on the same GPU
         return found
-
-    def new_tokens(self, dataset: str) -> int:
-        from tasks import NEW_TOKENS
-
-        return NEW_TOKENS[dataset]
 
     def show(self, text: str) -> None:
         self.progress.update(self.bar, description=text, left=self.clock.left())
@@ -237,15 +236,15 @@ class Clock:
             found = self.spent.get(kind) or [seconds for seconds_of in like for seconds in seconds_of]
             return sum(found) / len(found)
 
-        if not self.spent or not self.todo.total():
+        trained = any(stage in ("sweep", "final") for stage, _ in self.spent)
+        if not trained or not self.todo.total():
             return ""
         minutes = sum(count * mean(kind) for kind, count in self.todo.items()) / 60
-        return f", about {minutes / 60:.1f} hours left" if minutes > 90 else f", about {minutes:.0f} minutes left"
+        return f", about {minutes / 60:.1f} hours left" if minutes > 90 else f", about {minutes:.0f} min left"
 
 
 def about(device: str) -> dict[str, Any]:
-    sys.path.append(str(HERE.parent))  # after this folder: what the benchmarks share
-    from report import PACKAGES, machine
+    from report import PACKAGES, machine  # benchmarks/report.py
 
     known = machine(device)
     versions = {name: known.pop(name) for name in PACKAGES if name in known}

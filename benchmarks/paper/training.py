@@ -41,6 +41,7 @@ def config_of(
         **task.recipe,
         "base_model": model,
         "special_tokens": tokens,
+        "plugins": [*task.recipe["plugins"], "seeding.SeedPlugin"],
         "cv_loss": objective(run.loss),
         "datasets": [{"path": str(data.file), "ds_type": "json", "split": "train", "type": task.dataset["type"]}],
         "dataset_num_proc": 1,
@@ -106,9 +107,11 @@ def _axolotl(config: Path, log: Path, steps: int, on_step: Callable[[int], None]
     if program is None:
         sys.exit("axolotl is not installed: pip install 'axolotl-cvloss[axolotl]'")
     command = [program, "train", str(config), "--launcher", "python"]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}  # for seeding.py
     with (
         log.open("w") as out,
-        subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}) as process,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process,
     ):
         try:
             while process.poll() is None:
