@@ -7,16 +7,20 @@ LATEST := .venv-trl-latest
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-trl-latest lint bench clean
+.PHONY: demo test test-all test-hosts test-trl-latest lint bench clean
 
 demo: $(INSTALLED)  ## train a small model on generated word problems, with cross-entropy and with the mix
 	$(BIN)/python demo/run.py
 
 test: $(INSTALLED)  ## the quick suite
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
 
 test-all: $(INSTALLED)  ## the long checks too
 	$(BIN)/python -m pytest -n 2
+
+test-hosts: $(INSTALLED)  ## real hosts in two processes: prints what works with what, and writes it into the README
+	COMPATIBILITY=docs/compatibility.json $(BIN)/python -m pytest tests/distributed
+	$(BIN)/python tools/compatibility.py
 
 # TRL's newest release and the transformers it wants, beside the one that Axolotl pins.
 test-trl-latest:  ## the tests of TRL in an environment of their own

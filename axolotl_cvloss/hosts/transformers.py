@@ -13,6 +13,7 @@ from ..engine.sets import SetCounts
 from ..installation import Installation, installation
 from ..objective import ObjectiveResult
 from ..rows import SCOPES, select_rows
+from .trl_keys import parallel
 
 logger = logging.get_logger(__name__)
 
@@ -154,6 +155,9 @@ def attach(trainer: Trainer) -> None:
         raise RuntimeError(
             "cv_loss: the trainer has a loss of its own (compute_loss_func or label_smoothing_factor); remove it"
         )
+    # From TrainingArguments, the command line or the environment, or from a model that is split already.
+    if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
+        raise RuntimeError("\n".join(problems))
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
     bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)

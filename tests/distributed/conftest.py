@@ -1,0 +1,84 @@
+"""Starting processes, and the table of setups that the tests ran."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+COLUMNS = ("host", "sharding", "packing", "adapter")
+PACKAGES = ("axolotl", "transformers", "trl", "accelerate", "peft", "torch")
+
+
+# The tiny model, its data and its Axolotl config are those of tests/hosts.
+_spec = importlib.util.spec_from_file_location("hosts_fixtures", HERE.parent / "hosts" / "conftest.py")
+hosts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hosts)
+tokenizer, make_model, problems = hosts.tokenizer, hosts.make_model, hosts.problems
+files, make_config = hosts.files, hosts.make_config
+
+
+def torchrun(processes, script, *arguments, folder):
+    """The real launcher: what was printed. Fails with it where a process does."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [str(part) for part in [*launcher, HERE / script, *arguments]],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20000:]
+    return done.stdout
+
+
+@pytest.fixture
+def start_processes(tmp_path):
+    """Start processes on a script of this folder."""
+
+    def start(processes, script, *arguments):
+        return torchrun(processes, script, *arguments, folder=tmp_path)
+
+    return start
+
+
+@pytest.fixture
+def steps_of(start_processes, tmp_path):
+    """Gradients and losses of many cases, of one launch."""
+
+    def start(cases, processes):
+        (tmp_path / "cases.json").write_text(json.dumps(cases))
+        start_processes(processes, "one_step.py", tmp_path / "cases.json", tmp_path / "found.pt")
+        return torch.load(tmp_path / "found.pt")
+
+    return start
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What ran, as a table; into the file that COMPATIBILITY names, too, which the README's table is made from."""
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            setups = [value for name, value in getattr(report, "user_properties", []) if name == "setup"]
+            rows += [{**setup, "result": outcome} for setup in setups]
+    if not rows:
+        return
+    terminalreporter.section("setups")
+    columns = [*COLUMNS, "checks", "result"]
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in columns}
+    for row in [{name: name for name in columns}, *rows]:
+        terminalreporter.write_line("  ".join(str(row[name]).ljust(widths[name]) for name in columns))
+    if path := os.environ.get("COMPATIBILITY"):
+        versions = {name: version(name) for name in PACKAGES}
+        Path(path).write_text(json.dumps({"versions": versions, "setups": rows}, indent=1) + "\n")

@@ -1,0 +1,25 @@
+"""Real FSDP2 over gloo on a machine without a GPU. Hosts choose it only on accelerators, so two of their choices are
+made for them here; what runs then is their own code. Import this before a trainer is made."""
+
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+_state_init, _build_mesh = AcceleratorState.__init__, ParallelismConfig.build_device_mesh
+
+
+def _init(self, *args, fsdp_plugin=None, **kwargs):
+    _state_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = fsdp_plugin
+
+
+def _mesh(self, device_type):
+    return _build_mesh(self, "cpu")
+
+
+AcceleratorState.__init__ = _init
+ParallelismConfig.build_device_mesh = _mesh

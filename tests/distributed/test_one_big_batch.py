@@ -1,0 +1,142 @@
+"""The gradient of a step, however it is cut up and sharded, against one big batch in one process, computed plainly."""
+
+import json
+
+import pytest
+import torch
+from helpers import Batch, naive_loss
+from one_step import ROWS, make_model, make_rows, padded
+
+GLOBAL = {"per": "batch", "reduce": "global"}
+# At least one loss of every family.
+OBJECTIVES = {
+    "cross_entropy": [{"loss": "cross_entropy"}],
+    "focal": [{"loss": "focal"}],
+    "squentropy": [{"loss": "squentropy"}],
+    "dice": [{"loss": "dice"}],
+    "lovasz": [{"loss": "lovasz"}],
+    "topk_cross_entropy": [{"loss": "topk_cross_entropy"}],
+    "mix": [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}],
+    "sequence": [{"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
+}
+# Their sets are those of one micro-batch of all processes, so they come without accumulation.
+OVER_RANKS = {f"global {name}": [{"loss": name, **GLOBAL}] for name in ("dice", "lovasz")}
+EVERYTHING = {**OBJECTIVES, **OVER_RANKS}
+
+# Launches: processes, sharding, reshard after forward, head a unit of its own, bf16.
+LAUNCHES = {
+    "1 process": (1, "none", True, False, False),
+    "DDP": (2, "ddp", True, False, False),
+    "FSDP2": (2, "fsdp2", True, False, False),
+    "FSDP2, no reshard": (2, "fsdp2", False, False, False),
+    "FSDP2, head unit": (2, "fsdp2", True, True, False),
+    "FSDP2, head unit, no reshard": (2, "fsdp2", False, True, False),
+    "FSDP2, bf16": (2, "fsdp2", True, False, True),
+    "FSDP2, head unit, bf16": (2, "fsdp2", True, True, True),
+}
+# Those that `make test` runs too, with these objectives only.
+QUICK = ("DDP", "FSDP2, head unit")
+QUICK_OBJECTIVES = ("mix", "sequence", "global dice")
+UNTRAINED = {1: ("none", "rank"), 2: ("none", "micro-batch", "rank"), 4: ("none",)}  # by accumulation
+
+
+def untrained_rows(which, processes, accumulation):
+    """Rows without labels: those of the first micro-batch, or those of the last process."""
+    size = ROWS // (processes * accumulation)
+    part = [number // size for number in range(ROWS)]  # accelerate deals micro-batches out in turn
+    if which == "micro-batch":
+        return [number for number in range(ROWS) if part[number] == 0]
+    return [number for number in range(ROWS) if which == "rank" and part[number] % processes == processes - 1]
+
+
+def make_cases(launch, objectives=EVERYTHING):
+    processes, sharding, reshard, head_unit, bf16 = LAUNCHES[launch]
+    cases = []
+    for name in objectives:
+        for accumulation in (1,) if name in OVER_RANKS else (1, 2, 4):
+            for which in UNTRAINED[accumulation]:
+                if processes == 1 and which == "rank":
+                    continue  # nothing would be trained
+                cases.append(
+                    {
+                        "name": name,
+                        "cv_loss": {"terms": EVERYTHING[name]},
+                        "accumulation": accumulation,
+                        "untrained": untrained_rows(which, processes, accumulation),
+                        "sharding": sharding,
+                        "reshard": reshard,
+                        "head_unit": head_unit,
+                        "bf16": bf16,
+                    }
+                )
+    return [{**case, "packed": packing} for case in cases for packing in (False, True)]
+
+
+_references = {}
+
+
+def big_batch(case, autocast=False):
+    """Gradient and loss of all rows at once, from logits, by the naive losses and autograd."""
+    key = case["name"], tuple(case["untrained"]), case["bf16"], case["packed"], autocast
+    if key not in _references:
+        model = make_model(torch.float32 if case["bf16"] else torch.float64)
+        inputs = padded(make_rows(case["untrained"]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
+        documents = torch.arange(ROWS)[:, None].where(inputs["attention_mask"] == 1, -1)
+        if case["packed"]:  # there is no mask, and padding is told by this: a run of positions without a label
+            documents[case["untrained"]] = -1
+        batch = Batch(logits, inputs["labels"], documents, {"input_ids": inputs["input_ids"]})
+        terms = [{k: v for k, v in term.items() if k != "reduce"} for term in case["cv_loss"]["terms"]]
+        loss = naive_loss(batch, logits.to(torch.float64), terms)
+        loss.backward()
+        _references[key] = {name: p.grad for name, p in model.named_parameters()}, loss.item()
+    return _references[key]
+
+
+def distance(one, other):
+    """Over all parameters, relative to the length of the other."""
+    assert one.keys() == other.keys()
+    square = sum(float((one[name] - other[name]).double().square().sum()) for name in other)
+    return (square / sum(float(other[name].double().square().sum()) for name in other)) ** 0.5
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("launch", QUICK)
+def test_a_cut_of_the_matrix(launch, steps_of):
+    check(launch, make_cases(launch, QUICK_OBJECTIVES), steps_of)
+
+
+@pytest.mark.hosts
+@pytest.mark.matrix
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_one_step_is_one_big_batch(launch, steps_of, record_property):
+    cases = make_cases(launch)
+    for packing in ("padded", "packed"):
+        setup = {"host": "transformers Trainer", "sharding": launch, "packing": packing, "adapter": "full"}
+        record_property("setup", {**setup, "checks": len(cases) // 2})
+    check(launch, cases, steps_of)
+
+
+def check(launch, cases, steps_of):
+    processes, *_, bf16 = LAUNCHES[launch]
+    wrong = []
+    for case, found in zip(cases, steps_of(cases, processes), strict=True):
+        gradient, loss = big_batch(case)
+        error, tolerance = distance(found["gradient"], gradient), 1e-5
+        if bf16:  # as exact as PyTorch's own bf16 on the whole batch, give or take how sums are rounded
+            tolerance = 2 * distance(big_batch(case, autocast=True)[0], gradient)
+        if not error <= tolerance:
+            wrong.append(f"gradient off by {error:.1e}, allowed {tolerance:.1e}: {json.dumps(case)}")
+        if found["loss"] != pytest.approx(loss, rel=0.03 if bf16 else 1e-5, abs=1e-6):
+            wrong.append(f"loss {found['loss']} for {loss}: {json.dumps(case)}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:12])
+
+
+def test_the_rows_tell_something():
+    """Unequal counts of tokens, and a gradient that is not near zero, or equal gradients would prove little."""
+    counts = [int((row["labels"][1:] != -100).sum()) for row in make_rows()]
+    assert len(set(counts)) > 3
+    case = make_cases("DDP")[0]
+    gradient, _ = big_batch(case)
+    assert sum(float(grad.square().sum()) for grad in gradient.values()) > 1e-2
