@@ -43,6 +43,15 @@ class Schedule(BaseModel):
         return self.start + (self.to - self.start) * way
 
 
+class GoldfishConfig(BaseModel):
+    """Rows that a term leaves out; see ``rows.Goldfish``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    k: int = Field(4, ge=2, le=10**9, description="One token in k is left out.")
+    h: int = Field(13, ge=1, le=10**6, description="The number of tokens before it that decide whether one is.")
+
+
 class TermConfig(BaseModel):
     """One weighted loss. The parameters of the loss stand beside these fields in the YAML."""
 
@@ -59,12 +68,15 @@ class TermConfig(BaseModel):
     reduce: Literal["local", "global"] = Field(
         "local", description="With per: batch, whether a set is the micro-batch of one process, or of all together."
     )
+    goldfish: GoldfishConfig | None = Field(
+        None, description="Leave one token in k out, always the same after the same text: true, or {k: 4, h: 13}."
+    )
     parameters: dict[str, Any] = Field(default_factory=dict, exclude=True)
     schedules: dict[str, Schedule] = Field(default_factory=dict, exclude=True)
 
     def dump(self) -> dict[str, Any]:
         """The long form, every value spelt out."""
-        fields = self.model_dump()
+        fields = self.model_dump(exclude_none=True)
         if not available_losses()[self.loss].per_set:
             fields = {name: value for name, value in fields.items() if name not in SET_FIELDS}
         schedules = {name: schedule.model_dump(by_alias=True) for name, schedule in self.schedules.items()}
@@ -83,6 +95,9 @@ class CVLossConfig(BaseModel):
     terms: list[TermConfig] = Field(min_length=1, description="Weighted losses; the same loss may come twice.")
     head: Literal["auto", "fused", "logits"] = Field(
         "auto", description="fused: logits are never kept; logits: computed from the model's logits; auto: chosen."
+    )
+    example_weights: str | None = Field(
+        None, min_length=1, description="A column of the dataset with a weight for each example, or for each token."
     )
     reference: bool = Field(
         False, strict=True, description="The paper's code, its slips included, to replicate its experiments."
@@ -123,7 +138,8 @@ class CVLossConfig(BaseModel):
 
     def dump(self) -> dict[str, Any]:
         """The long form as plain data; ``parse`` reads it back."""
-        return {"terms": [term.dump() for term in self.terms], "head": self.head, "reference": self.reference}
+        more = {} if self.example_weights is None else {"example_weights": self.example_weights}
+        return {"terms": [term.dump() for term in self.terms], "head": self.head, **more, "reference": self.reference}
 
 
 def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
@@ -149,7 +165,7 @@ def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
             problems.append(f"{KEY}.terms: is empty; give at least one term such as {{loss: lovasz}}")
         fields = {_word(name): given for name, given in value.items()}
         return {"terms": [(f"{KEY}.terms[{i}]", term) for i, term in enumerate(terms)], **fields}
-    options = {name: value.pop(name) for name in ("head", "reference") if name in value}
+    options = {name: value.pop(name) for name in CVLossConfig.model_fields if name in value}
     terms = []
     for name, given in value.items():
         where = f"{KEY}.{_word(name)}"
@@ -202,19 +218,36 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
     return first
 
 
+def _goldfish(given: Any, where: str, problems: list[str]) -> GoldfishConfig | None:
+    if given is None or given is False:
+        return None
+    if given is True:
+        given = {}
+    if not isinstance(given, Mapping):
+        problems.append(
+            f"{where}.goldfish: must be true, false, or a mapping such as {{k: 4, h: 13}}, not {_show(given)}"
+        )
+        return None
+    given = {_word(key): value for key, value in given.items()}
+    return _validate(GoldfishConfig, given, f"{where}.goldfish", problems)
+
+
 def _is_schedule(value: Any) -> bool:
     return isinstance(value, Mapping) and ("from" in value or "to" in value)
 
 
 def _term_of(loss: Loss, given: Mapping[str, Any], where: str, problems: list[str]) -> TermConfig | None:
+    before = len(problems)
     own = {field: given[field] for field in TERM_FIELDS if field in given}
     rest = {key: value for key, value in given.items() if key not in own}
+    if "goldfish" in own:
+        own["goldfish"] = _goldfish(own["goldfish"], where, problems)
     term = _validate(TermConfig, own, where, problems)
     parameters = _validate(loss.parameters, rest, where, problems, owner=loss)
     for field in SET_FIELDS:
         if field in own and not loss.per_set:
             problems.append(f"{where}.{field}: {loss.name} has one value a row, so it knows no sets; leave {field} out")
-    if term is None or parameters is None:
+    if term is None or parameters is None or len(problems) > before:
         return None
     if loss.per_set and term.reduce == "global" and term.per != "batch":
         problems.append(f"{where}.reduce: global joins the batches of all processes; it needs per: batch")
@@ -271,11 +304,14 @@ def allowed(model: type[BaseModel], name: str) -> str:
     """What a field takes, in words, from its annotation and bounds."""
     field = _field(model, name)
     assert field is not None
-    choices = getattr(field.annotation, "__args__", None)
+    annotation: Any = field.annotation
+    choices = getattr(annotation, "__args__", ())
+    if type(None) in choices and len(choices) == 2:
+        (annotation,) = (choice for choice in choices if choice is not type(None))
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"one of {', '.join(choices)}"
     words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a text"}
-    text = words.get(field.annotation, str(field.annotation))  # type: ignore[arg-type]
+    text = words.get(annotation, str(annotation))
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [f"{signs[k]} {getattr(m, k)}" for m in field.metadata for k in signs if hasattr(m, k)]
     return " ".join([text, " and ".join(bounds)]).strip()
@@ -297,12 +333,16 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                 there = ", ".join(name for name, loss in available_losses().items() if loss.reference)
                 problems.append(f"{KEY}.reference: the paper's code has no {term.loss}; allowed with it: {there}")
                 continue
+            if term.goldfish is not None:
+                problems.append(f"{KEY}.reference: the paper's code knows no goldfish; leave it out of {term.loss}")
             if loss.per_set and term.per != "document":
                 problems.append(f"{KEY}.reference: the paper's code has sets of its own; leave per out of {term.loss}")
             known = inspect.signature(loss.reference).parameters
             for name, value in term.parameters.items():
                 if name not in known and value != loss.parameters.model_fields[name].default:
                     problems.append(f"{KEY}.reference: {term.loss} of the paper's code has no {name}; leave it out")
+        if config.example_weights is not None:
+            problems.append(f"{KEY}.reference: the paper's code knows no example_weights; leave them out")
         if config.head == "fused":
             problems.append(f"{KEY}.head: reference: true needs the logits; allowed with it: auto, logits")
 

@@ -11,6 +11,7 @@ from .registry import FAMILIES, Loss
 FAMILY = {
     "token": ("One value a token, from the probability of the target token.", "one visit"),
     "row": ("One value a token, from all its logits.", "one visit, with autograd"),
+    "number": ("One value a number token, from the logits of the number tokens.", "one visit"),
     "region": ("One value a set of tokens, from sums over each class of the set.", "two visits, frozen head: one"),
     "ranking": (
         "One value a set of tokens, from the errors of each class in their order.",

@@ -40,6 +40,7 @@ class Installation:
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[str, Tensor] = {}
         self.keep_logits: bool | None = None
+        self._weights = objective.config.example_weights
         self._tap = HeadTap(model)
         self._fusable: bool | None = None  # not known before the first batch
         self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}
@@ -52,13 +53,17 @@ class Installation:
             installed = module.__dict__[_ATTRIBUTE]  # not self: the module may be a copy of the model
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             if named.get("labels") is None and named.get("shift_labels") is None:
-                kwargs.pop("num_items_in_batch", None)
+                for name in ("num_items_in_batch", installed._weights):
+                    kwargs.pop(name, None)
                 return installed.original(*args, **kwargs)
             return installed._forward(**named)
 
         # Trainer reads from the signature which columns of the dataset the model takes.
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
+        if self._weights and self._weights not in names:
+            last = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+            parameters.insert(last, inspect.Parameter(self._weights, inspect.Parameter.KEYWORD_ONLY, default=None))
+        forward.__signature__ = signature.replace(parameters=parameters)
         forward.__doc__ = model.forward.__doc__
         model.forward = MethodType(forward, model)
         model.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer then passes num_items_in_batch
@@ -99,12 +104,19 @@ class Installation:
         **inputs: Any,
     ) -> Any:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
+        weights = inputs.pop(self._weights, None) if self._weights else None
+        if self._weights and weights is None and self.model.training:
+            raise ValueError(
+                f"cv_loss.example_weights: the batch has no column {self._weights}, only {', '.join(inputs)}. The data "
+                "collator must keep it: one number an example, or, where examples are packed, one a token"
+            )
         run = partial(self.original, **inputs, return_dict=True)
         counts = None if num_items_in_batch is None else {**self.counts, "completion": num_items_in_batch}
         given: dict[str, Any] = {
             "labels": labels if shift_labels is None else shift_labels,
             "shift": shift_labels is None,
             "num_items_in_batch": counts,
+            "example_weights": weights,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
         both = self._fused(run, given) if self._wants_fused() else None

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import CVLossConfig
+from .config import KEY, ConfigError, CVLossConfig
 from .engine.compute import Outcome, compute
 from .engine.dense import add_dense
 from .engine.evaluate import Term
 from .engine.sets import SetCounts
 from .engine.sources import Head, LinearSource, LogitSource, ModuleSource, TensorSource
 from .registry import available_losses
-from .rows import IGNORE_INDEX, Rows, aligned_labels, select_rows
+from .rows import IGNORE_INDEX, Filter, Goldfish, Rows, aligned_labels, select_rows
+from .vocabulary import NumberTokens, number_tokens, rarity
 
 Count = Tensor | float | None
 
@@ -54,26 +55,78 @@ class Objective:
     def __init__(self, config: CVLossConfig) -> None:
         self.config = config
         self.diagnose = False  # entropy and accuracy in the results, for hosts that log them
+        self.label_counts: Tensor | None = None
         losses = available_losses()
         self.terms: list[Term] = []
+        self.filters: dict[str, Filter] = {}
         for term in config.terms:
             same = sum(t.loss.name == term.loss for t in self.terms)
             name = f"{term.loss}_{same + 1}" if same else term.loss
             per = "global" if term.reduce == "global" else term.per
-            self.terms.append(
-                Term(name, losses[term.loss], term.weight, term.scope, per, term.parameters, term.schedules)
-            )
+            scope: str = term.scope
+            if term.goldfish is not None:
+                fish = Goldfish(term.goldfish.k, term.goldfish.h)
+                self.filters[str(fish)] = fish
+                scope += f"/{fish}"
+            if losses[term.loss].family == "number":
+                scope += f"/{_number_filter(term.parameters)}"
+            self.terms.append(Term(name, losses[term.loss], term.weight, scope, per, term.parameters, term.schedules))
         self.advance(0.0)
         self.scopes = tuple(dict.fromkeys(["completion", *(term.scope for term in self.terms)]))
 
     @classmethod
-    def from_config(cls, config: Any) -> "Objective":
+    def from_config(cls, config: Any, *, tokenizer: Any = None, label_counts: Tensor | None = None) -> "Objective":
         """An objective from any spelling of the ``cv_loss`` key.
+
+        Args:
+            config: What would stand behind the key.
+            tokenizer: Says which tokens are numbers, for losses that need to know.
+            label_counts: (V,), how often each token is a label in the training set, for losses that need to know.
 
         Raises:
             ConfigError: A ValueError that names the key, what was wrong, and what is allowed.
         """
-        return cls(CVLossConfig.parse(config))
+        objective = cls(CVLossConfig.parse(config))
+        if tokenizer is not None:
+            objective.take_tokenizer(tokenizer)
+        objective.label_counts = label_counts
+        return objective
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """Learn which tokens are numbers.
+
+        Raises:
+            ConfigError: The vocabulary has none of those that a loss wants.
+        """
+        for term in self.terms:
+            if term.loss.family == "number":
+                found = number_tokens(tokenizer, term.parameters["max_digits"])
+                if not found:
+                    raise ConfigError(
+                        f"{KEY}.{term.loss.name}.max_digits: the vocabulary has no token that is a number of at most "
+                        f"{term.parameters['max_digits']} digits"
+                    )
+                term.numbers = numbers = NumberTokens(tuple(found), tuple(found.values()))
+                self.filters[_number_filter(term.parameters)] = numbers
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return any(term.loss.family == "number" and term.numbers is None for term in self.terms)
+
+    @property
+    def needs_label_counts(self) -> bool:
+        return self.label_counts is None and any("rarity" in term.loss.statistics for term in self.terms)
+
+    def select_rows(self, labels: Tensor, **inputs: Any) -> Rows:
+        """The rows that the terms look at; keywords as those of ``rows.select_rows``.
+
+        Raises:
+            ValueError: A term needs a tokenizer or label counts that the objective has not got.
+        """
+        if self.needs_tokenizer or self.needs_label_counts:
+            what = "tokenizer" if self.needs_tokenizer else "label_counts"
+            raise ValueError(f"{KEY}: {self} needs to know more; use Objective.from_config(..., {what}={what})")
+        return select_rows(labels, scopes=self.scopes, filters=self.filters, **inputs)
 
     def advance(self, progress: float) -> None:
         """Set weights and parameters that follow a schedule to their values after a fraction of training, 0 to 1."""
@@ -101,6 +154,7 @@ class Objective:
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
+        example_weights: Tensor | None = None,
         num_items_in_batch: Count | Mapping[str, Count] = None,
     ) -> ObjectiveResult:
         """The objective of a batch of logits.
@@ -111,7 +165,10 @@ class Objective:
             shift: Row t predicts label t + 1 (the causal convention); False: labels are aligned with rows.
             position_ids: (B, T); tell packed documents apart, as they restart at each.
             attention_mask: (B, T); 0 is padding; only ``scope: sequence`` and numbered documents need it.
-            input_ids: (B, T); only ``scope: sequence`` needs them.
+            input_ids: (B, T); only ``scope: sequence`` and goldfish need them.
+            example_weights: (B,), or (B, T) where a row has several documents; the values of an example's rows, or of
+                its sets, are multiplied by them. What they are divided by stays the number of rows. The NLL is not
+                weighted.
             num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step:
                 the trained tokens of all of them. A mapping gives a count for each scope. None: the rows given.
 
@@ -121,13 +178,13 @@ class Objective:
         """
         _check_shapes("logits", "V", logits, labels)
         labels = labels.to(logits.device)
-        rows = select_rows(
+        rows = self.select_rows(
             labels,
             shift=shift,
             position_ids=position_ids,
             attention_mask=attention_mask,
             input_ids=input_ids,
-            scopes=self.scopes,
+            example_weights=example_weights,
         )
         if self.config.reference:
             return self._reference(logits, labels, shift, rows, num_items_in_batch)
@@ -143,6 +200,7 @@ class Objective:
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
+        example_weights: Tensor | None = None,
         num_items_in_batch: Count | Mapping[str, Count] = None,
         scale: float = 1.0,
         softcap: float | None = None,
@@ -165,13 +223,13 @@ class Objective:
             which = "the paper's code" if self.config.reference else "a term of the family dense"
             raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
         labels = labels.to(hidden_states.device)
-        rows = select_rows(
+        rows = self.select_rows(
             labels,
             shift=shift,
             position_ids=position_ids,
             attention_mask=attention_mask,
             input_ids=input_ids,
-            scopes=self.scopes,
+            example_weights=example_weights,
         )
         source = _head_source(hidden_states, head, rows.index, scale, softcap)
         return self._compute(source, rows, num_items_in_batch)
@@ -180,6 +238,8 @@ class Objective:
         self, source: LogitSource, rows: Rows, num_items_in_batch: Count | Mapping[str, Count]
     ) -> ObjectiveResult:
         _check_labels(rows.labels, source.vocab_size)
+        if rows.weights is not None:
+            rows = replace(rows, weights=rows.weights.to(source.dtype))
         counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
         denominators = _denominators(counts, num_items_in_batch)
         dense = [term for term in self.terms if term.loss.family == "dense"]
@@ -187,7 +247,9 @@ class Objective:
         # With no other term there is still the NLL, which wants no gradient.
         with torch.autocast(rows.labels.device.type, enabled=False):
             with torch.set_grad_enabled(torch.is_grad_enabled() and bool(others)):
-                outcome = compute(source, others, rows, counts, denominators, num_items_in_batch is None, self.diagnose)
+                known = {} if self.label_counts is None else {"rarity": rarity(self.label_counts, rows.labels)}
+                averaged = num_items_in_batch is None
+                outcome = compute(source, others, rows, counts, denominators, averaged, self.diagnose, known)
             if dense:
                 outcome = add_dense(outcome, source.tensors[0], dense, rows, counts, denominators)
         return self._result(outcome, counts)
@@ -243,6 +305,10 @@ class Objective:
             means[term.name] = value.detach()
             loss = loss + term.weight * value * counts[term.scope] / denominators[term.scope]
         return self._result(replace(outcome, loss=loss, means=means), counts)
+
+
+def _number_filter(parameters: Mapping[str, Any]) -> str:
+    return f"numbers of {parameters['max_digits']} digits"
 
 
 def _check_shapes(name: str, last: str, tensor: Tensor, labels: Tensor) -> None:

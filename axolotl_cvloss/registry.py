@@ -21,10 +21,16 @@ FAMILIES: dict[str, dict[str, str]] = {
         "logp": "(N,) log-probability of each row's target",
         "lse": "(N,) logsumexp of each row's logits",
         "mean_logit": "(N,) mean of each row's logits",
+        "rarity": "(N,) (n_min / n_y)^(1/4), n_y how often the target is a label in the training set; no gradient",
     },
     "row": {
         "logits": "(N, V) logits of some rows, float32 or float64",
         "labels": "(N,) their targets",
+    },
+    "number": {
+        "number_logits": "(n, K) logits at the number tokens, of the rows whose target is one",
+        "values": "(K,) the values of the number tokens",
+        "target": "(n,) the value of each row's target",
     },
     "region": {
         "intersection": "(C,) probability of class c summed over the rows labelled c",
@@ -48,7 +54,10 @@ FAMILIES: dict[str, dict[str, str]] = {
     },
 }
 SET_FAMILIES = ("region", "ranking", "document", "dense")
-RESERVED = ("loss", "weight", "scope", "per", "reduce", "terms", "head", "reference")
+RESERVED = (
+    *("loss", "weight", "scope", "per", "reduce", "goldfish"),
+    *("terms", "head", "example_weights", "reference"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class Loss:
     @property
     def per_set(self) -> bool:
         return self.family in SET_FAMILIES
+
+    @property
+    def needs_more(self) -> bool:
+        """Whether logits and labels are not enough, but a tokenizer or the counts of labels are needed too."""
+        return self.family == "number" or "rarity" in self.statistics
 
     @property
     def built_in(self) -> bool:
@@ -98,7 +112,8 @@ def register_loss(
 
     Args:
         name: The key in the YAML; lower case letters, digits and underscores.
-        family: ``token`` gives one value a row from log p; ``row`` one value a row from the logits; ``region``
+        family: ``token`` gives one value a row from log p; ``row`` one value a row from the logits; ``number``
+            one value a row from the logits of number tokens; ``region``
             a value a class, or one value, from class sums of a set of rows; ``ranking`` a value a class from sorted
             errors; ``document`` one value from the log-probabilities of a set; ``dense`` one value, or one a row,
             from all logits of a set, by autograd, which takes the memory that the other families save.

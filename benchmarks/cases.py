@@ -318,7 +318,8 @@ def all_cases(device: str) -> dict[str, Case]:
             cases[f"floor: {count} matrix products{end}"] = Case("floor", matrix_products(count), to, frozen)
         if not frozen:
             cases.update({name: Case("plain", full_logits(loss), to) for name, loss in plain.items()})
-        alone = ["cross_entropy"] if frozen else list(available_losses())
+        losses = [name for name, loss in available_losses().items() if not loss.needs_more]
+        alone = ["cross_entropy"] if frozen else losses
         for name, config in objectives(alone).items():
             limits = limits_of(config, device, frozen)
             cases[name + end] = Case("fused", objective_of_hidden(config), to, frozen, None, *limits)

@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from cases import CROSS_ENTROPY, DATA, Settings, all_cases
+from cases import CROSS_ENTROPY, DATA, Case, Settings, all_cases
 from measure import Job, rounds
 from report import bar_chart, compare, growth_chart, machine, show, summary, write
 
 SHAPES = {"cpu": (2048, 576, 49152, "float32"), "cuda": (8192, 4096, 128256, "bfloat16")}  # N, H, V
+
+CASES_BETWEEN = 3  # two measurements of what they are compared with
 
 GROWTH_CASES = [
     CROSS_ENTROPY,
@@ -54,7 +57,7 @@ def cost(args: argparse.Namespace, settings: Settings, cases: dict) -> list[str]
     print(settings)
     data = Job("data", settings).run_in_process()
     print(", ".join(f"{name} {value:.3g}" for name, value in data.items()))
-    records = rounds([Job(name, settings, args.repeats) for name in cases], args.rounds)
+    records = rounds([Job(name, settings, args.repeats) for name in in_turn(cases)], args.rounds)
     rows = compare(cases, records)
     path = args.out / f"loss_cost_{args.device}"
     about = {"machine": machine(args.device), "settings": vars(settings), "data": data, "rounds": args.rounds}
@@ -63,6 +66,17 @@ def cost(args: argparse.Namespace, settings: Settings, cases: dict) -> list[str]
     show(rows)
     print(f"Sets are documents of {settings.document_rows} rows. Written: {path}.csv, .json and .png")
     return [row["case"] for row in rows if row["memory_reached"] is False]
+
+
+def in_turn(cases: Mapping[str, Case]) -> Iterator[str]:
+    """The names of the cases, and that of their base again and again: the speed of a machine drifts."""
+    for base in dict.fromkeys(case.base for case in cases.values()):
+        yield base
+        names = [name for name, case in cases.items() if case.base == base and name != base]
+        for number, name in enumerate(names, start=1):
+            yield name
+            if number % CASES_BETWEEN == 0 or number == len(names):
+                yield base
 
 
 def growth(args: argparse.Namespace, settings: Settings) -> None:

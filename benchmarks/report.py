@@ -58,14 +58,23 @@ def summary(records: Sequence[Row]) -> Row:
 
 
 def compare(cases: Mapping[str, Case], records: Sequence[Row]) -> list[Row]:
-    """A row for each case: its figures, and their ratios to those of its base in the same round."""
-    by_case = {name: [record for record in records if record["case"] == name] for name in cases}
+    """A row for each case: its figures, and their ratios to those of its base, measured just before and just after it.
+
+    ``records`` are in the order in which they were measured.
+    """
+    places: dict[str, list[int]] = {name: [] for name in cases}
+    for place, record in enumerate(records):
+        places[record["case"]].append(place)
     rows = []
     for name, case in cases.items():
-        own, base = by_case[name], by_case[case.base]
-        pairs = list(zip(own, base, strict=True))
-        times = [statistics.median(o["seconds"]) / statistics.median(b["seconds"]) for o, b in pairs]
-        memory = statistics.median(o["bytes"] / b["bytes"] for o, b in pairs)
+        own = [records[place] for place in places[name]]
+        times, sizes = [], []
+        for place in places[name]:
+            near = [records[p] for p in _neighbours(place, places[case.base])]
+            base = statistics.fmean(statistics.median(record["seconds"]) for record in near)
+            times.append(statistics.median(records[place]["seconds"]) / base)
+            sizes.append(records[place]["bytes"] / near[0]["bytes"])
+        memory = statistics.median(sizes)
         row = {"case": name, "kind": case.kind, "loss": own[0]["loss"], **summary(own), "base": case.base}
         row |= {"time_ratio": statistics.median(times), "time_ratio_min": min(times), "time_ratio_max": max(times)}
         row |= {"time_limit": case.time_limit, "memory_ratio": memory, "memory_limit": case.memory_limit}
@@ -74,6 +83,12 @@ def compare(cases: Mapping[str, Case], records: Sequence[Row]) -> list[Row]:
             row[f"{what}_reached"] = None if limit is None else row[f"{what}_ratio"] <= limit
         rows.append(row)
     return rows
+
+
+def _neighbours(place: int, others: Sequence[int]) -> list[int]:
+    """The last of the others up to a place and the first from there on; one of them where there is no other."""
+    before, after = [p for p in others if p <= place], [p for p in others if p >= place]
+    return [*before[-1:], *after[:1]]
 
 
 def write(path: Path, rows: Sequence[Row], **more: Any) -> None:

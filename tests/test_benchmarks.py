@@ -118,23 +118,38 @@ def test_peak_memory_counts_what_is_freed_again():
     del kept
 
 
-def test_ratios_are_those_of_a_round():
-    """A machine twice as slow in one round changes no ratio."""
+def test_ratios_are_those_of_the_moment():
+    """A machine twice as slow for a while changes no ratio; one that slows down evenly changes none either."""
     table = {
         "base": cases.Case("peer", None, "base"),
         "half": cases.Case("fused", None, "base", time_limit=0.5, memory_limit=0.2),
     }
-    figures = {"base": [(2.0, 100), (4.0, 100), (2.0, 100)], "half": [(1.0, 25), (2.0, 25), (1.2, 25)]}
+    measured = [
+        ("base", 2.0),
+        ("half", 1.0),
+        ("base", 2.0),
+        ("base", 4.0),
+        ("half", 2.5),
+        ("base", 6.0),
+        ("base", 2.0),
+        ("half", 1.2),
+    ]
     records = [
-        {"case": name, "round": number, "seconds": [seconds], "bytes": size, "loss": 1.0}
-        for name, rounds in figures.items()
-        for number, (seconds, size) in enumerate(rounds)
+        {"case": name, "seconds": [seconds], "bytes": 100 if name == "base" else 25, "loss": 1.0}
+        for name, seconds in measured
     ]
     base, half = report.compare(table, records)
     assert (base["time_ratio"], base["memory_ratio"], base["time_reached"]) == (1, 1, None)
     assert (half["time_ratio"], half["time_ratio_min"], half["time_ratio_max"]) == (0.5, 0.5, 0.6)
-    assert (half["seconds"], half["seconds_min"], half["seconds_max"]) == (1.2, 1.0, 2.0)
+    assert (half["seconds"], half["seconds_min"], half["seconds_max"]) == (1.2, 1.0, 2.5)
     assert (half["time_reached"], half["memory_ratio"], half["memory_reached"]) == (True, 0.25, False)
+
+
+def test_the_base_comes_again_and_again():
+    names = list(loss_cost.in_turn(cases.all_cases("cpu")))
+    assert set(names) == set(cases.all_cases("cpu"))
+    gaps = "".join("b" if name.startswith("F.cross_entropy, full") else "." for name in names).rstrip(".").split("b")
+    assert max(map(len, gaps)) == loss_cost.CASES_BETWEEN
 
 
 @linux

@@ -1,12 +1,12 @@
 """The engine: collect statistics chunk by chunk, evaluate the terms, pull the gradient back chunk by chunk.
 
-Terms of one row each (families token and row) are evaluated and pulled back as soon as a chunk of logits is there.
-Set-level terms need the statistics of the whole batch first, so the logits are visited twice; the last chunk of the
-first visit is still at hand for the second. Where only hidden states want a gradient (a frozen head), p times the
+Terms of one row each (families token, row and number) are evaluated and pulled back as soon as a chunk of logits is
+there. Set-level terms need the statistics of the whole batch first, so the logits are visited twice; the last chunk of
+the first visit is still at hand for the second. Where only hidden states want a gradient (a frozen head), p times the
 head's weight is kept from the first visit, and the second needs no logits at all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ def compute(
     denominators: dict[str, Tensor | float],
     averaged: bool = False,
     diagnose: bool = False,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
     """Value and gradient of the terms on the rows of a source; the loss is differentiable in ``source.tensors``.
 
@@ -57,8 +58,9 @@ def compute(
         denominators: What the sum over the rows of a scope is divided by.
         averaged: These are the rows of one process, and the gradients of all processes will be averaged, not summed.
         diagnose: Also the entropy and the accuracy, which read all logits twice more.
+        known: Statistics that do not come from the logits, (N,) each.
     """
-    pass_ = _Pass(source, terms, rows, denominators, averaged, diagnose)
+    pass_ = _Pass(source, terms, rows, denominators, averaged, diagnose, known or {})
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in source.tensors]
     loss = _Engine.apply(pass_, wanted, *source.tensors) if any(wanted) else pass_.run(wanted)
     means = {t.name: pass_.sums[t.name] / max(1, counts[t.scope]) for t in terms}
@@ -76,7 +78,7 @@ def sets_of(rows: Rows, scope: str, per: str, vocab_size: int) -> Sets:
     members = rows.scopes[scope].nonzero().squeeze(1)
     documents = rows.documents[members]
     numbers = documents if per == "document" else torch.zeros_like(documents)
-    return Sets(rows.labels, members, numbers, vocab_size, joint=per == "global")
+    return Sets(rows.labels, members, numbers, vocab_size, joint=per == "global", weights=rows.weights)
 
 
 class _Engine(torch.autograd.Function):
@@ -113,11 +115,13 @@ class _Pass:
         denominators: dict[str, Tensor | float],
         averaged: bool,
         diagnose: bool,
+        known: Mapping[str, Tensor],
     ) -> None:
         self.source, self.rows, self.denominators, self.averaged = source, rows, denominators, averaged
         self.token_terms = [t for t in terms if t.loss.family == "token"]
         self.row_terms = [t for t in terms if t.loss.family == "row"]
-        self.set_terms = [t for t in terms if t.loss.family not in ("token", "row")]
+        self.number_terms = [t for t in terms if t.loss.family == "number"]
+        self.set_terms = [t for t in terms if t.loss.family not in ("token", "row", "number")]
         n, device = len(rows.labels), rows.labels.device
         budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
         size = max(1, budget // (source.vocab_size * source.dtype.itemsize))
@@ -125,7 +129,9 @@ class _Pass:
         # The mean of the logits only where a term needs it: it reads all of them once more.
         names = ["logp", "lse", *(["mean_logit"] if any(t.needs("mean_logit") for t in self.token_terms) else [])]
         self.statistics = {name: torch.zeros(n, dtype=source.dtype, device=device) for name in names}
+        self.statistics.update({name: values.to(source.dtype) for name, values in known.items()})
         self.logp, self.lse = self.statistics["logp"], self.statistics["lse"]
+        self.number_gradients: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by the first row of a chunk
         self.diagnostics = {name: torch.zeros_like(self.logp) for name in ("entropy", "accuracy") if diagnose}
         self.loss = self.logp.new_zeros(())
         self.sums = {t.name: self.logp.new_zeros(()) for t in terms}  # unweighted
@@ -140,7 +146,7 @@ class _Pass:
 
     def run(self, wanted: Sequence[bool]) -> Tensor:
         """The loss; ``source.gradients()`` has its gradients then, where any are wanted."""
-        gradient = any(wanted)
+        self.gradient = gradient = any(wanted)
         if gradient:
             self.source.start(wanted)
         if not self.set_terms:
@@ -195,6 +201,8 @@ class _Pass:
                 self.loss += total.detach()
         if again:
             return softmax_(logits)[0], dense
+        if self.number_terms:
+            self._number_terms(chunk, logits)
         if "mean_logit" in self.statistics:
             self.statistics["mean_logit"][chunk] = logits.mean(1)
         target = logits.gather(1, labels[:, None]).squeeze(1)
@@ -227,6 +235,25 @@ class _Pass:
         self.loss += total.detach()
         return dict(zip(leaves, _cotangents(total, leaves.values()), strict=True))
 
+    def _number_terms(self, chunk: slice, logits: Tensor) -> None:
+        """Terms of the logits at number tokens, with their gradient: a few columns, kept until they are pulled back."""
+        labels, found = self.rows.labels[chunk], []
+        for term in self.number_terms:
+            assert term.numbers is not None
+            tokens, values = term.numbers.tensors(self.logp)
+            here = tokens < logits.shape[1]
+            tokens, values = tokens[here], values[here]
+            # Any value where the target is no number: such rows are not of the term's scope.
+            target = values[torch.searchsorted(tokens, labels).clamp_max(len(tokens) - 1)]
+            leaf = logits[:, tokens].requires_grad_(self.gradient)
+            with torch.set_grad_enabled(self.gradient):
+                statistics = {"number_logits": leaf, "values": values, "target": target}
+                total = self._row_sum([term], chunk, statistics)
+            self.loss += total.detach()
+            if self.gradient:
+                found.append((tokens, _cotangents(total, [leaf])[0]))
+        self.number_gradients[chunk.start] = found
+
     def _evaluate(self, gradient: bool) -> dict[Any, Tensor]:
         """The token and set-level terms of the whole batch; cotangents by statistic, group and term."""
         named: dict[Any, Tensor] = {**self.statistics, **self.predicted}
@@ -258,8 +285,9 @@ class _Pass:
     def _row_sum(self, terms: Sequence[Term], chunk: slice, statistics: dict[str, Tensor], add: bool = True) -> Tensor:
         """The weighted terms of the rows of a chunk; ``add`` them to the sums that are reported."""
         total = self.logp.new_zeros(())
+        weights = None if self.rows.weights is None else self.rows.weights[chunk].to(total.dtype)
         for term in terms:
-            value = row_values(term, self.rows.scopes[term.scope][chunk], **statistics).sum()
+            value = row_values(term, self.rows.scopes[term.scope][chunk], weights, **statistics).sum()
             if add:
                 self.sums[term.name] += value.detach()
             total = total + term.weight * value / self.denominators[term.scope]
@@ -296,7 +324,9 @@ class _Pass:
         dense: Tensor | None,
     ) -> None:
         labels, logp = self.rows.labels[chunk], self.logp[chunk]
-        self.source.pull(chunk, LogitGradient.build(p, logp, labels, cotangents, columns, dense))
+        gradient = LogitGradient.build(p, logp, labels, cotangents, columns, dense)
+        gradient.columns.extend(self.number_gradients.pop(chunk.start, []))
+        self.source.pull(chunk, gradient)
 
 
 def _cotangents(total: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:

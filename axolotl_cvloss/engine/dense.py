@@ -27,8 +27,8 @@ def add_dense(
         outcome.means[term.name] = loss.new_zeros(())
         outcome.sets[term.name] = sets.counted()
         own = rows.index[sets.members].split(sets.counts)
-        for index, labels in zip(own, rows.labels[sets.members].split(sets.counts), strict=True):
-            value = _value(term, flat[index].to(statistics_dtype(flat.dtype)), labels) * len(index)
+        for index, labels, size in zip(own, rows.labels[sets.members].split(sets.counts), sets.parts, strict=True):
+            value = _value(term, flat[index].to(statistics_dtype(flat.dtype)), labels) * size
             outcome.means[term.name] += value.detach() / max(1, counts[term.scope])
             loss = loss + term.weight * value / denominators[term.scope]
     outcome.loss = loss

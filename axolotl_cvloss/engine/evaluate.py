@@ -34,6 +34,12 @@ class Changing(Protocol):
     def at(self, progress: float) -> float: ...
 
 
+class Numbers(Protocol):
+    """The number tokens; ``vocabulary.NumberTokens`` is one."""
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass
 class Term:
     """A weighted loss of an objective.
@@ -48,6 +54,7 @@ class Term:
     per: str = "document"
     parameters: dict[str, Any] = field(default_factory=dict)
     schedules: Mapping[str, Changing] = field(default_factory=dict)
+    numbers: Numbers | None = None  # of a loss of number tokens
 
     def advance(self, progress: float) -> None:
         """Set the weight and the parameters that follow a schedule to their values after a fraction of training."""
@@ -66,13 +73,14 @@ class Term:
         return self.loss.function(**chosen, **self.parameters)
 
 
-def row_values(term: Term, mask: Tensor, **statistics: Tensor) -> Tensor:
-    """The values of a token or row term on the rows of its scope, and 0 on others, (N,)."""
+def row_values(term: Term, mask: Tensor, weights: Tensor | None, **statistics: Tensor) -> Tensor:
+    """The weighted values of a token or row term on the rows of its scope, and 0 on others, (N,)."""
     values = term(**statistics)
     if values.shape != mask.shape:
         raise ValueError(
             f"loss {term.loss.name!r} must return one value a row, shape {tuple(mask.shape)}, not {tuple(values.shape)}"
         )
+    values = values if weights is None else values * weights
     return torch.where(mask, values, 0)
 
 

@@ -58,30 +58,41 @@ class Sets:
         numbers: (M,) the set of each of them, not decreasing.
         vocab_size: V.
         joint: The rows of all processes make one set, of which each holds a part.
+        weights: (N,) weights of all rows; a set counts by the sum of its rows', which is their number without any.
     """
 
-    def __init__(self, labels: Tensor, members: Tensor, numbers: Tensor, vocab_size: int, joint: bool = False) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        members: Tensor,
+        numbers: Tensor,
+        vocab_size: int,
+        joint: bool = False,
+        weights: Tensor | None = None,
+    ) -> None:
         numbers, sizes = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)[1:]
         pairs, row_pair, labelled = torch.unique(
             numbers * vocab_size + labels[members], return_inverse=True, return_counts=True
         )
         self.joint = joint and ranks.world_size() > 1
-        self.parts = sizes  # (D,) rows of each set that are here
+        self.parts = sizes
         if self.joint:
             own, pairs = pairs, ranks.joined(pairs).unique()
             place = torch.searchsorted(pairs, own)
             labelled = ranks.sum_over(torch.zeros_like(pairs).index_copy_(0, place, labelled))
             row_pair = place[row_pair]
             self.parts = sizes.new_full((min(1, len(pairs)),), len(members))
-            sizes = ranks.sum_over(self.parts)
+        self.counts = self.parts.tolist()
+        if weights is not None:
+            self.parts = weights.new_zeros(len(self.parts)).index_add(0, numbers, weights[members])
         self.members = members
-        self.sizes = sizes  # (D,) all rows of each set
+        # (D,) what each set counts by: the part of it that is here, and all of it
+        self.sizes = ranks.sum_over(self.parts) if self.joint else self.parts
         self.row_pair = row_pair  # (M,)
         self.labelled = labelled  # (P,) N_c
         self.pair_set = pairs // vocab_size  # (P,)
         self.pair_class = pairs % vocab_size  # (P,)
-        self.classes = torch.bincount(self.pair_set, minlength=len(sizes)).tolist()
-        self.counts = self.parts.tolist()
+        self.classes = torch.bincount(self.pair_set, minlength=len(self)).tolist()
         self._numbers = torch.full_like(labels, -1).index_copy_(0, members, numbers)
         self._row_pair = torch.zeros_like(labels).index_copy_(0, members, row_pair)
         first = [0]

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
 from ..engine.sets import SetCounts
 from ..installation import Installation, installation
-from ..objective import ObjectiveResult
-from ..rows import SCOPES, select_rows
+from ..objective import Objective, ObjectiveResult
+from ..vocabulary import count_labels
 from .trl_keys import parallel
 
 logger = logging.get_logger(__name__)
@@ -30,21 +31,19 @@ class ObjectiveTrainer(Trainer):
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        totals = torch.zeros(len(SCOPES), dtype=torch.long, device=device)
-        scopes = self.cv_loss.objective.scopes
+        objective = self.cv_loss.objective
+        totals = torch.zeros(len(objective.scopes), dtype=torch.long, device=device)
         for batch in batch_samples:
             shifted = batch.get("shift_labels")
-            rows = select_rows(
+            rows = objective.select_rows(
                 batch["labels"] if shifted is None else shifted,
                 shift=shifted is None,
-                scopes=scopes,
                 **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
             )
-            for scope, mask in rows.scopes.items():
-                totals[SCOPES.index(scope)] += mask.sum().to(device)
+            totals += torch.stack([rows.scopes[scope].sum() for scope in objective.scopes]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None]).sum(0)
-        self.cv_loss.counts = {scope: totals[SCOPES.index(scope)].clamp_min(1) for scope in scopes}
+        self.cv_loss.counts = dict(zip(objective.scopes, totals.clamp_min(1), strict=True))
         return self.cv_loss.counts["completion"]
 
     def _cv_record(self, result: ObjectiveResult) -> None:
@@ -137,6 +136,28 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def _inform(objective: Objective, trainer: Trainer) -> None:
+    """Tell the objective what its losses need to know of the tokenizer and of the training set."""
+    if objective.needs_tokenizer:
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        if not hasattr(tokenizer, "get_vocab"):
+            raise RuntimeError(
+                f"cv_loss: {objective} needs a tokenizer; give the trainer one as processing_class, or the objective: "
+                "Objective.from_config(..., tokenizer=tokenizer)"
+            )
+        objective.take_tokenizer(tokenizer)
+    if objective.needs_label_counts:
+        data = trainer.train_dataset
+        if not hasattr(data, "__len__") or "labels" not in (data[0] if len(data) else ()):
+            raise RuntimeError(
+                f"cv_loss: {objective} needs to know how often each token is a label, and the trainer has no "
+                "train_dataset of known length with labels to count; give them: "
+                "Objective.from_config(..., label_counts=counts)"
+            )
+        rows = tqdm(range(len(data)), desc="cv_loss: counting labels", disable=not trainer.is_world_process_zero())
+        objective.label_counts = count_labels(data[i]["labels"] for i in rows)
+
+
 def attach(trainer: Trainer) -> None:
     """Make a trainer count and log for the objective installed in its model.
 
@@ -158,6 +179,7 @@ def attach(trainer: Trainer) -> None:
     # From TrainingArguments, the command line or the environment, or from a model that is split already.
     if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
         raise RuntimeError("\n".join(problems))
+    _inform(installed.objective, trainer)
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
     bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)

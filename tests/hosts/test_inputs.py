@@ -1,0 +1,159 @@
+"""What losses need beside logits and labels, found by the hosts: tokenizer, counts of labels, a weight column."""
+
+import json
+
+import pytest
+import torch
+from test_trainer import Gradients, collate, history, make_trainer, rows  # noqa: F401  (a fixture)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer
+
+from axolotl_cvloss import Objective, attach, install
+
+DATA = rows(8)
+
+
+@pytest.fixture
+def digits():
+    """A tokenizer whose tokens 10 to 19 are the digits."""
+    words = [*"abcdefghij", *"0123456789", *(f"w{i}" for i in range(20, 97))]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
+
+
+def one_big_batch(make_model, config, data, weights=None, **more):
+    model = make_model().double()
+    batch = collate(data)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    objective = Objective.from_config(config, **more)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    objective.from_logits(logits, batch["labels"], example_weights=weights, **inputs).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def accumulated(make, config, data, **arguments):
+    """The gradient of a step of two micro-batches."""
+    gradients = Gradients()
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **arguments}
+    trainer = make(config, data, callbacks=[gradients], attached=False, **options)
+    return trainer, gradients
+
+
+def check(gradients, expected):
+    (seen,) = gradients.seen
+    for name, grad in expected.items():
+        torch.testing.assert_close(seen[name], grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["number_token_wasserstein", "number_token_mse"])
+def test_trainer_gives_its_tokenizer(loss, digits, make_trainer, make_model):  # noqa: F811
+    config = {"cross_entropy": 0.5, loss: 0.5}
+    trainer, gradients = accumulated(make_trainer, config, DATA)
+    trainer.processing_class = digits
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    trainer.train()
+    check(gradients, one_big_batch(make_model, config, DATA, tokenizer=digits))
+    (entry,) = history(trainer)
+    numbers = sum(int(((row["labels"][1:] >= 10) & (row["labels"][1:] < 20)).sum()) for row in DATA)
+    assert entry[f"cv_loss/{loss}/tokens"] == numbers > 0
+
+
+def test_no_tokenizer_is_said_before_training(make_trainer):  # noqa: F811
+    trainer, _ = accumulated(make_trainer, "cross_entropy", DATA)
+    install(trainer.model, Objective.from_config("number_token_mse"))
+    with pytest.raises(RuntimeError, match="needs a tokenizer; give the trainer one as processing_class"):
+        attach(trainer)
+
+
+def test_trainer_counts_the_labels(make_trainer, make_model):  # noqa: F811
+    trainer, gradients = accumulated(make_trainer, "ldam", DATA)
+    install(trainer.model, Objective.from_config("ldam"))
+    attach(trainer)
+    trainer.train()
+    labels = torch.cat([row["labels"] for row in DATA])
+    counts = torch.bincount(labels[labels != -100])
+    check(gradients, one_big_batch(make_model, "ldam", DATA, label_counts=counts))
+
+
+def test_no_data_to_count_is_said_before_training(make_trainer):  # noqa: F811
+    trainer, _ = accumulated(make_trainer, "cross_entropy", DATA)
+    install(trainer.model, Objective.from_config("ldam"))
+    trainer.train_dataset = None
+    with pytest.raises(RuntimeError, match="needs to know how often each token is a label"):
+        attach(trainer)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
+def test_goldfish_under_accumulation(loss, make_trainer, make_model):  # noqa: F811
+    config = {"terms": [{"loss": "cross_entropy"}, {"loss": loss, "goldfish": {"k": 3, "h": 2}}]}
+    trainer, gradients = accumulated(make_trainer, config, DATA)
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    trainer.train()
+    check(gradients, one_big_batch(make_model, config, DATA))
+
+
+def with_weights(batch):
+    return {**collate(batch), "importance": torch.stack([row["importance"] for row in batch])}
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
+def test_a_weight_column_reaches_the_objective(loss, make_trainer, make_model):  # noqa: F811
+    config = {loss: 1.0, "example_weights": "importance"}
+    weights = torch.rand(len(DATA), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = [{**row, "importance": weight} for row, weight in zip(DATA, weights, strict=True)]
+    trainer, gradients = accumulated(make_trainer, config, data)
+    trainer.data_collator = with_weights
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    assert type(trainer) is not Trainer
+    trainer.train()
+    check(gradients, one_big_batch(make_model, config, DATA, weights=weights))
+
+
+def test_a_missing_weight_column_is_said(make_trainer):  # noqa: F811
+    trainer, _ = accumulated(make_trainer, "cross_entropy", DATA)
+    install(trainer.model, Objective.from_config({"cross_entropy": 1.0, "example_weights": "importance"}))
+    attach(trainer)
+    with pytest.raises(ValueError, match="example_weights: the batch has no column importance, only"):
+        trainer.train()
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_axolotl(packed, make_config, train, tokenizer, problems, tmp_path):
+    """A tokenized dataset with a weight column, goldfish, and a loss that counts labels."""
+    lines = []
+    for number, problem in enumerate(problems["train"]):
+        prompt = tokenizer(problem["prompt"])["input_ids"]
+        answer = tokenizer(problem["completion"], add_special_tokens=False)["input_ids"]
+        ids = prompt + answer
+        weight = 0.5 if number % 2 else 1.5
+        line = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}
+        lines.append({**line, "importance": [weight] * len(ids) if packed else weight})
+    path = tmp_path / "tokenized.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 2} if packed else {}
+    config = make_config(
+        cv_loss={
+            "cross_entropy": {"weight": 0.6, "goldfish": {"k": 3, "h": 2}},
+            "ldam": 0.4,
+            "example_weights": "importance",
+        },
+        datasets=[{"path": str(path), "ds_type": "json", "split": "train", "type": None}],
+        test_datasets=None,
+        eval_steps=None,
+        dataset_prepared_path=str(tmp_path / "prepared"),
+        **keys,
+    )
+    entries, _, printed = train(config)
+    losses = [entry for entry in entries if "cv_loss/ldam" in entry]
+    assert len(losses) == 12
+    for entry in losses:
+        assert entry["cv_loss/cross_entropy/tokens"] < entry["cv_loss/ldam/tokens"]
+        total = 0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/ldam"]
+        assert entry["loss"] == pytest.approx(total, abs=1e-4)
+    assert losses[-1]["cv_loss/nll"] < losses[0]["cv_loss/nll"] - 0.3
+    assert "counting labels" in printed
