@@ -107,8 +107,8 @@ class Installation:
         weights = inputs.pop(self._weights, None) if self._weights else None
         if self._weights and weights is None and self.model.training:
             raise ValueError(
-                f"cv_loss.example_weights: the batch has no column {self._weights}, only {', '.join(inputs)}. The data "
-                "collator must keep it: one number an example, or, where examples are packed, one a token"
+                f"cv_loss.example_weights: the batch has no column {self._weights}, only {', '.join(inputs)}. The "
+                "dataset must have it when it comes to the trainer: one number an example, or one a token"
             )
         run = partial(self.original, **inputs, return_dict=True)
         counts = None if num_items_in_batch is None else {**self.counts, "completion": num_items_in_batch}

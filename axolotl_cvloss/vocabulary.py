@@ -60,7 +60,7 @@ def rarity(counts: Tensor, labels: Tensor) -> Tensor:
 
     Tokens that are no label there count as the rarest.
     """
-    counts = counts.to(labels.device, torch.float64)
-    least = counts[counts > 0].min() if bool((counts > 0).any()) else counts.new_ones(())
-    known = torch.where(labels < len(counts), counts[labels.clamp_max(max(0, len(counts) - 1))], least)
-    return (least / known.clamp_min(float(least))) ** 0.25
+    counts = torch.cat([counts.to(labels.device, torch.float64), torch.zeros(1, device=labels.device)])
+    seen = counts[counts > 0]
+    least = seen.min() if len(seen) else counts.new_ones(())
+    return (least / counts[labels.clamp_max(len(counts) - 1)].clamp_min(least)) ** 0.25

@@ -191,10 +191,13 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         ({"terms": [3]}, "cv_loss.terms[0]: must be a mapping such as {loss: lovasz, weight: 0.4}, not 3"),
         (
             {"terms": ["focal"], "hed": 1},
-            "cv_loss.hed: unknown field; did you mean head? allowed: terms, head, reference",
+            "cv_loss.hed: unknown field; did you mean head? allowed: terms, head, example_weights, reference",
         ),
-        ({"terms": ["focal"], 1: 1}, "cv_loss.1: unknown field; allowed: terms, head, reference"),
-        ({"terms": ["focal"], "lovasz": 1}, "cv_loss.lovasz: unknown field; allowed: terms, head, reference"),
+        ({"terms": ["focal"], 1: 1}, "cv_loss.1: unknown field; allowed: terms, head, example_weights, reference"),
+        (
+            {"terms": ["focal"], "lovasz": 1},
+            "cv_loss.lovasz: unknown field; allowed: terms, head, example_weights, reference",
+        ),
         ({"focal": {"loss": "lovasz"}}, "cv_loss.focal.loss: the loss is named by the key already; leave it out"),
         ({"focal": -1}, "cv_loss.focal.weight: must be a finite number >= 0, not -1"),
         ({"focal": "heavy"}, "cv_loss.focal.weight: must be a finite number >= 0, not 'heavy'"),
@@ -218,12 +221,12 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         ),
         (
             {"focal": {"gama": 3}},
-            "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? allowed: gamma, alpha, weight, scope",
+            "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? allowed: gamma, alpha, weight, scope, goldfish",
         ),
         (
             {"focal": {"wieght": 3}},
             "cv_loss.focal.wieght: unknown parameter of focal; did you mean weight? "
-            "allowed: gamma, alpha, weight, scope",
+            "allowed: gamma, alpha, weight, scope, goldfish",
         ),
         ({"focal": {"scope": "prompt"}}, "cv_loss.focal.scope: must be one of completion, sequence, not 'prompt'"),
         ({"lovasz": {"per": "row"}}, "cv_loss.lovasz.per: must be one of document, batch, not 'row'"),

@@ -54,6 +54,11 @@ def test_the_table_of_losses_is_what_the_docstrings_say(tool):
     assert text == tool.readme(text), "run python tools/docs.py"
 
 
+def test_the_table_of_speed_is_what_was_measured(tool):
+    text = README.read_text(encoding="utf-8")
+    assert text == tool.speed(text), "run python tools/docs.py"
+
+
 def test_every_loss_has_its_place(tool):
     text = README.read_text(encoding="utf-8")
     rows = [line for line in text.split(tool.START)[1].split(tool.END)[0].splitlines() if line.startswith("| [")]

@@ -111,7 +111,7 @@ def test_number_losses(name, mix, source, chunk, monkeypatch):
         total = total + others.from_logits(logits, labels, shift=False).loss
     torch.testing.assert_close(result.loss, total, **EXACT)
     wanted = [states, *([weight] if source in ("logits", "hidden", "softcap") else [])]
-    right = torch.autograd.grad(total, wanted)
+    right = torch.autograd.grad(total, wanted, retain_graph=True)
     ours = torch.autograd.grad(result.loss, wanted)
     for one, other in zip(ours, right, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
@@ -263,13 +263,13 @@ def test_goldfish_is_as_if_the_rows_had_no_label(loss):
     [
         (3, "cv_loss.focal.goldfish: must be true, false, or a mapping such as {k: 4, h: 13}, not 3"),
         ({"k": 1}, "cv_loss.focal.goldfish.k: must be a whole number >= 2"),
-        ({"j": 1}, "cv_loss.focal.goldfish.j: unknown field; did you mean"),
+        ({"j": 1}, "cv_loss.focal.goldfish.j: unknown field; allowed: k, h"),
     ],
 )
 def test_goldfish_mistakes(given, message):
     with pytest.raises(ConfigError) as error:
         CVLossConfig.parse({"focal": {"goldfish": given}})
-    assert message in str(error.value).replace("did you mean k? ", "did you mean") or message in str(error.value)
+    assert message in str(error.value)
 
 
 def test_goldfish_in_the_long_form():

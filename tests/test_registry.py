@@ -254,7 +254,9 @@ def test_the_name_of_a_built_in_loss_is_taken_from_the_start():
 
 
 def test_an_unknown_family():
-    with pytest.raises(ValueError, match="unknown family 'pixel'; allowed: token, row, region, ranking, document"):
+    with pytest.raises(
+        ValueError, match="unknown family 'pixel'; allowed: token, row, number, region, ranking, document, dense"
+    ):
         register_loss("mine", family="pixel")(lambda logp: -logp)
 
 

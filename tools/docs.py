@@ -1,8 +1,9 @@
-"""Write the table of losses in README.md and the pages of docs/losses/ from the docstrings: python tools/docs.py.
+"""Write the tables in README.md and the pages of docs/losses/: python tools/docs.py.
 
-A test keeps them equal.
+They come from the docstrings and from the committed results of the benchmarks. A test keeps them equal.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,23 @@ README = REPOSITORY / "README.md"
 PAGES = REPOSITORY / "docs" / "losses"
 PICTURE = REPOSITORY / "docs" / "curves.png"
 START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses -->"
+SPEED_START, SPEED_END = "<!-- Speed: written by tools/docs.py -->", "<!-- end of speed -->"
+SPEED = REPOSITORY / "benchmarks" / "results" / "loss_cost_cpu.json"
+SPEED_CASES = (
+    "F.linear_cross_entropy, chunked",
+    "floor: 3 matrix products",
+    "cross_entropy",
+    "focal",
+    "0.6 cross_entropy + 0.4 generalized_dice, full logits",
+    "0.6 cross_entropy + 0.4 generalized_dice",
+    "0.6 cross_entropy + 0.4 tversky",
+    "0.6 cross_entropy + 0.4 lovasz",
+    "0.6 cross_entropy + 0.2 generalized_dice + 0.2 lovasz",
+    "gem",
+    "sparsemax",
+    "floor: 2 matrix products, frozen head",
+    "0.6 cross_entropy + 0.2 generalized_dice + 0.2 lovasz, frozen head",
+)
 
 
 def built_in() -> dict[str, list[Loss]]:
@@ -38,6 +56,25 @@ def readme(text: str) -> str:
                 (f"[`{loss.name}`]({page}#{loss.name})", f"`{said['formula']}`", parameters, f"[{family}]({page})")
             )
     return f"{before}{START}\n{table(rows)}\n{END}{after}"
+
+
+def speed(text: str) -> str:
+    """The README with a new table of seconds and memory, as ratios to cross-entropy on full logits."""
+    before, after = text.split(SPEED_START)[0], text.split(SPEED_END)[1]
+    measured = json.loads(SPEED.read_text(encoding="utf-8"))
+    results = {row["case"]: row for row in measured["results"]}
+    rows = [("forward and backward", "time", "over the rounds", "peak memory")]
+    for name in SPEED_CASES:
+        row = results[name]
+        spread = f"{row['time_ratio_min']:.2f} to {row['time_ratio_max']:.2f}"
+        rows.append((f"`{name}`", f"{row['time_ratio']:.2f}", spread, f"{row['memory_ratio']:.2f}"))
+    machine, settings = measured["machine"], measured["settings"]
+    shape = ", ".join(f"{short} {settings[name]}" for short, name in (("N", "rows"), ("H", "hidden"), ("V", "vocab")))
+    about = (
+        f"{machine['cpu']}, {machine['torch threads']} threads, torch {machine['torch']}; {shape}, "
+        f"{settings['dtype']}; median of {measured['rounds']} rounds, each case in a process of its own."
+    )
+    return f"{before}{SPEED_START}\n{table(rows)}\n\n{about}\n{SPEED_END}{after}"
 
 
 def page(family: str, losses: list[Loss]) -> str:
@@ -102,5 +139,5 @@ if __name__ == "__main__":
         path.unlink()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(speed(readme(README.read_text(encoding="utf-8"))), encoding="utf-8")
     save(curves(), PICTURE)

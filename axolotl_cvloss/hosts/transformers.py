@@ -14,6 +14,7 @@ from ..engine.sets import SetCounts
 from ..installation import Installation, installation
 from ..objective import Objective, ObjectiveResult
 from ..vocabulary import count_labels
+from .example_weights import WeightCollator
 from .trl_keys import parallel
 
 logger = logging.get_logger(__name__)
@@ -180,6 +181,8 @@ def attach(trainer: Trainer) -> None:
     if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
         raise RuntimeError("\n".join(problems))
     _inform(installed.objective, trainer)
+    if column := installed.objective.config.example_weights:
+        trainer.data_collator = WeightCollator(trainer.data_collator, column)
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
     bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)
