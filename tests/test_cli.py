@@ -156,7 +156,8 @@ def test_check_says_what_each_term_means(tmp_path):
 def test_check_finds_what_is_wrong_with_the_key(checked):
     report = checked({**AXOLOTL, "cv_loss": {"focal": {"gama": 3}, "lovas": 1}})
     assert report["errors"] == [
-        "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? allowed: gamma, alpha, weight, scope, goldfish",
+        "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? "
+        "allowed: gamma, alpha, weight, scope, goldfish",
         f"cv_loss.lovas: unknown loss 'lovas'; did you mean lovasz? allowed: {', '.join(available_losses())}",
     ]
     assert report["objective"] is report["cv_loss"] is None

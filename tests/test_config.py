@@ -221,7 +221,8 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         ),
         (
             {"focal": {"gama": 3}},
-            "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? allowed: gamma, alpha, weight, scope, goldfish",
+            "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? "
+            "allowed: gamma, alpha, weight, scope, goldfish",
         ),
         (
             {"focal": {"wieght": 3}},
