@@ -105,7 +105,7 @@ LORA = {
     "lora_mlp_kernel": False,
     "lora_qkv_kernel": False,
     "lora_o_kernel": False,
-    "learning_rate": 5e-2,
+    "learning_rate": 2e-2,
 }
 
 
@@ -116,7 +116,7 @@ def test_adapter(quantised, make_config, train, tokenizer, problems):
     weights = {"cross_entropy": 0.5, "focal": 0.3, "generalized_dice": 0.2}
     config = make_config(cv_loss=weights, gradient_accumulation_steps=2, micro_batch_size=2, **adapter, **LORA)
     history, output, _ = train(config)
-    check_log(history, weights, evaluations=[0, 6, 12], learns=0.1)  # the random head stays as it is
+    check_log(history, weights, evaluations=[0, 6, 12], learns=0.03)  # the random head stays; Axolotl does not seed the adapter
 
     saved = load_file(output / "adapter_model.safetensors")
     assert all("lora_" in name for name in saved)

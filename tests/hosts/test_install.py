@@ -337,6 +337,7 @@ def test_torch_compile(make_model, batch, head, backend):
 def test_mixed_precision_of_accelerate(make_model, batch, head):
     """accelerate wraps the forward in autocast, and takes the wrapper off at the end."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of a Trainer before
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     expected = step(install(make_model(), objective(head=head)), **batch)
     model = accelerator.prepare(install(make_model(), objective(head=head)))
