@@ -19,7 +19,7 @@ test-all: $(INSTALLED)  ## the long checks too
 	$(BIN)/python -m pytest -n 2
 
 test-hosts: $(INSTALLED)  ## real hosts in two processes: prints what works with what, and writes it into the README
-	COMPATIBILITY=docs/compatibility.json $(BIN)/python -m pytest tests/distributed
+	COMPATIBILITY=docs/compatibility/axolotl.json $(BIN)/python -m pytest tests/distributed
 	$(BIN)/python tools/compatibility.py
 
 # TRL's newest release and the transformers it wants, beside the one that Axolotl pins.
@@ -29,6 +29,8 @@ test-trl-latest:  ## the tests of TRL in an environment of their own
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable ".[trl]" trl transformers accelerate peft "pytest>=8" pytest-xdist
 	$(LATEST)/bin/python -m pip list | grep -E "^(torch|trl|transformers|accelerate|peft|datasets) "
 	$(LATEST)/bin/python -m pytest -n 2 tests/hosts/test_trl.py tests/hosts/test_readme.py
+	COMPATIBILITY=docs/compatibility/trl-latest.json $(LATEST)/bin/python -m pytest tests/distributed -k "one_step or TRL"
+	$(LATEST)/bin/python tools/compatibility.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,14 +10,16 @@ See README.md in this folder.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import CROSS_ENTROPY, DATA, Case, Settings, all_cases
-from measure import Job, rounds
+from measure import Job, Record, rounds
 from report import bar_chart, compare, growth_chart, machine, show, summary, write
 
 SHAPES = {"cpu": (2048, 576, 49152, "float32"), "cuda": (8192, 4096, 128256, "bfloat16")}  # N, H, V
@@ -57,15 +59,27 @@ def cost(args: argparse.Namespace, settings: Settings, cases: dict) -> list[str]
     print(settings)
     data = Job("data", settings).run_in_process()
     print(", ".join(f"{name} {value:.3g}" for name, value in data.items()))
-    records = rounds([Job(name, settings, args.repeats) for name in in_turn(cases)], args.rounds)
-    rows = compare(cases, records)
     path = args.out / f"loss_cost_{args.device}"
-    about = {"machine": machine(args.device), "settings": vars(settings), "data": data, "rounds": args.rounds}
+    about = {"machine": machine(args.device), "settings": vars(settings), "data": data}
+    records = records_of_before(path, about) if args.add else []
+    records += rounds([Job(name, settings, args.repeats) for name in in_turn(cases)], args.rounds)
+    measured = {record["case"] for record in records}
+    rows = compare({name: case for name, case in all_cases(args.device).items() if name in measured}, records)
     write(path, rows, **about, records=records)
     bar_chart(path, rows, f"{_cpu_or_gpu(about['machine'])}; {settings}")
     show(rows)
     print(f"Sets are documents of {settings.document_rows} rows. Written: {path}.csv, .json and .png")
     return [row["case"] for row in rows if row["memory_reached"] is False]
+
+
+def records_of_before(path: Path, about: Mapping[str, Any]) -> list[Record]:
+    """What stands in the results already, of the same machine and sizes."""
+    before = json.loads(path.with_suffix(".json").read_text())
+    for part, names in ("machine", ("cpu", "torch threads", "gpu", "torch")), ("settings", tuple(about["settings"])):
+        for name in names:
+            if before[part].get(name) != about[part].get(name):
+                sys.exit(f"{path}.json is of another {name}: {before[part].get(name)}, not {about[part].get(name)}")
+    return before["records"]
 
 
 def in_turn(cases: Mapping[str, Case]) -> Iterator[str]:
@@ -120,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--document-rows", type=int, default=128, help="rows of a document, which is a set")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of a case in each round, after a warm-up")
+    parser.add_argument("--add", action="store_true", help="to the rounds that the results hold already")
     parser.add_argument("--only", default="", help="cases whose name has a match of this regular expression")
     parser.add_argument("--check", action="store_true", help="end with code 1 where a memory limit is missed")
     parser.add_argument("--growth", action="store_true", help="instead: a few cases at many sizes")

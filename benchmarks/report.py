@@ -77,6 +77,7 @@ def compare(cases: Mapping[str, Case], records: Sequence[Row]) -> list[Row]:
         memory = statistics.median(sizes)
         row = {"case": name, "kind": case.kind, "loss": own[0]["loss"], **summary(own), "base": case.base}
         row |= {"time_ratio": statistics.median(times), "time_ratio_min": min(times), "time_ratio_max": max(times)}
+        row |= {"rounds": len(own)}
         row |= {"time_limit": case.time_limit, "memory_ratio": memory, "memory_limit": case.memory_limit}
         for what in "time", "memory":
             limit = row[f"{what}_limit"]

@@ -176,6 +176,15 @@ def test_what_is_written(bench, capsys):
     printed = capsys.readouterr().out
     assert all(name.removesuffix(cases.FROZEN) in printed for name in names)
 
+    bench("--only=^generalized_dice$", "--rounds=1", "--add")
+    more = json.loads((folder / "loss_cost_cpu.json").read_text())
+    assert more["records"][: len(found["records"])] == found["records"]
+    assert [row["case"] for row in more["results"]] == names
+    rounds = {row["case"]: row["rounds"] for row in more["results"]}
+    assert (rounds["generalized_dice"], rounds[MIX]) == (3, 2)
+    with pytest.raises(SystemExit, match=r"loss_cost_cpu\.json is of another rows: 96, not 64"):
+        bench("--only=^generalized_dice$", "--rounds=1", "--add", "--rows=64")
+
 
 @linux
 def test_check_ends_with_an_error_where_memory_is_above_its_limit(bench):

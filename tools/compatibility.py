@@ -1,4 +1,5 @@
-"""Write the table of supported setups into the README, from docs/compatibility.json, which `make test-hosts` writes."""
+"""Write the table of supported setups into the README, from docs/compatibility/*.json, which `make test-hosts`
+and `make test-trl-latest` write."""
 
 import json
 from pathlib import Path
@@ -11,30 +12,36 @@ PACKAGE = {"axolotl train": "axolotl", "transformers Trainer": "transformers", "
 UNTESTED = [("all", "", "DeepSpeed ZeRO-2 and ZeRO-3", "", "", "not tested")]
 
 
-def table(results: dict) -> str:
-    """The setups that ran, one a line."""
-    versions = results["versions"]
-    rows = []
+def lines(results: dict) -> list[tuple[str, ...]]:
+    """The setups that ran with the packages of one environment; padded and packed share a line."""
+    packings: dict[tuple[str, ...], list[str]] = {}
     for setup in results["setups"]:
-        version = versions[PACKAGE[setup["host"]]]
+        version = results["versions"][PACKAGE[setup["host"]]]
         sharding = setup["sharding"] if setup["sharding"].startswith("1 ") else f"2 processes, {setup['sharding']}"
-        rows.append((setup["host"], version, sharding, setup["packing"], setup["adapter"], setup["result"]))
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows, *UNTESTED]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        line = setup["host"], version, sharding, setup["adapter"], setup["result"]
+        packings.setdefault(line, []).append(setup["packing"])
+    return [(*line[:3], " and ".join(packing), *line[3:]) for line, packing in packings.items()]
 
 
-def with_table(text: str, results: dict) -> str:
+def table(environments: list[dict]) -> str:
+    """The setups of all environments, one a line, by host and version."""
+    rows = [line for results in environments for line in lines(results)]
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *sorted(rows, key=lambda row: row[:2]), *UNTESTED]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def with_table(text: str, environments: list[dict]) -> str:
     """The README with the table in its place."""
     before, rest = text.split(START)
     _, after = rest.split(END)
-    return f"{before}{START}\n{table(results)}\n{END}{after}"
+    return f"{before}{START}\n{table(environments)}\n{END}{after}"
 
 
 def main() -> None:
-    results = json.loads((ROOT / "docs" / "compatibility.json").read_text())
+    environments = [json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "compatibility").glob("*.json"))]
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), results))
-    print(table(results))
+    readme.write_text(with_table(readme.read_text(), environments))
+    print(table(environments))
 
 
 if __name__ == "__main__":

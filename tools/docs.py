@@ -68,11 +68,13 @@ def speed(text: str) -> str:
         row = results[name]
         spread = f"{row['time_ratio_min']:.2f} to {row['time_ratio_max']:.2f}"
         rows.append((f"`{name}`", f"{row['time_ratio']:.2f}", spread, f"{row['memory_ratio']:.2f}"))
+    rounds = sorted({row["rounds"] for row in results.values() if row["case"] != row["base"]})
+    rounds = " to ".join(str(number) for number in dict.fromkeys((rounds[0], rounds[-1])))
     machine, settings = measured["machine"], measured["settings"]
     shape = ", ".join(f"{short} {settings[name]}" for short, name in (("N", "rows"), ("H", "hidden"), ("V", "vocab")))
     about = (
         f"{machine['cpu']}, {machine['torch threads']} threads, torch {machine['torch']}; {shape}, "
-        f"{settings['dtype']}; median of {measured['rounds']} rounds, each case in a process of its own."
+        f"{settings['dtype']}; median of {rounds} rounds, each case in a process of its own."
     )
     return f"{before}{SPEED_START}\n{table(rows)}\n\n{about}\n{SPEED_END}{after}"
 

@@ -21,14 +21,22 @@ _spec = importlib.util.spec_from_file_location("hosts_fixtures", HERE.parent / "
 hosts = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hosts)
 tokenizer, make_model, problems = hosts.tokenizer, hosts.make_model, hosts.problems
-files, make_config = hosts.files, hosts.make_config
+files, make_config, guest = hosts.files, hosts.make_config, hosts.guest
 
 
-def torchrun(processes, script, *arguments, folder):
-    """The real launcher: what was printed. Fails with it where a process does."""
+def torchrun(processes, script, *arguments, folder, killed=False, **variables):
+    """The real launcher: what was printed. Fails with it where a process does, or where none does that is to be killed.
+
+    ``variables`` are those of the environment.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    paths = [str(HERE), variables.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    ours = {
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    environment = {**os.environ, **ours, **variables}
     done = subprocess.run(
         [str(part) for part in [*launcher, HERE / script, *arguments]],
         cwd=folder,
@@ -39,7 +47,7 @@ def torchrun(processes, script, *arguments, folder):
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-20000:]
+    assert (done.returncode != 0) == killed, done.stdout[-20000:]
     return done.stdout
 
 
@@ -47,8 +55,8 @@ def torchrun(processes, script, *arguments, folder):
 def start_processes(tmp_path):
     """Start processes on a script of this folder."""
 
-    def start(processes, script, *arguments):
-        return torchrun(processes, script, *arguments, folder=tmp_path)
+    def start(processes, script, *arguments, **options):
+        return torchrun(processes, script, *arguments, folder=tmp_path, **options)
 
     return start
 
@@ -75,10 +83,10 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows:
         return
     terminalreporter.section("setups")
-    columns = [*COLUMNS, "checks", "result"]
+    columns = [*COLUMNS, "result"]
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in columns}
     for row in [{name: name for name in columns}, *rows]:
         terminalreporter.write_line("  ".join(str(row[name]).ljust(widths[name]) for name in columns))
     if path := os.environ.get("COMPATIBILITY"):
-        versions = {name: version(name) for name in PACKAGES}
+        versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
         Path(path).write_text(json.dumps({"versions": versions, "setups": rows}, indent=1) + "\n")

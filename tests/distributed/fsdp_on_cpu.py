@@ -10,11 +10,12 @@ _state_init, _build_mesh = AcceleratorState.__init__, ParallelismConfig.build_de
 
 def _init(self, *args, fsdp_plugin=None, **kwargs):
     _state_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+    plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)  # the state is made again by whoever reads it
+    if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.FSDP
         if self._mixed_precision != "no":
-            fsdp_plugin.set_mixed_precision(self._mixed_precision)
-        self.fsdp_plugin = fsdp_plugin
+            plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = plugin
 
 
 def _mesh(self, device_type):

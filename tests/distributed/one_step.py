@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -24,14 +25,17 @@ class HeadUnit(nn.Linear):
     """A head that can be named, so that FSDP makes it a unit of its own."""
 
 
-def make_model(dtype=torch.float64, head_unit=False):
-    """A 2-layer Llama, the same in every process."""
+def make_model(dtype=torch.float64, head_unit=False, adapter="full"):
+    """A 2-layer Llama, the same in every process, and adapters that are no longer where they start."""
     set_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, pad_token_id=0, **shape)).to(dtype)
     model.lm_head.weight.data *= 30  # far from uniform predictions
     if head_unit:
         model.lm_head.__class__ = HeadUnit
+    if adapter == "LoRA":
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        model = get_peft_model(model, lora).to(dtype)
     return model
 
 
@@ -69,9 +73,10 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seen = {}
         for name, parameter in model.named_parameters():
-            grad = parameter.grad
-            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            self.seen[name.removeprefix("module.")] = grad.clone()
+            if parameter.requires_grad:
+                grad = parameter.grad
+                grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+                self.seen[name.removeprefix("module.")] = grad.clone()
 
 
 class InOrder(Trainer):
@@ -84,7 +89,7 @@ def run(case, folder, world):
     layers = ["LlamaDecoderLayer", *(["HeadUnit"] if case["head_unit"] else [])]
     fsdp = {"version": 2, "reshard_after_forward": case["reshard"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     fsdp |= {"transformer_layer_cls_to_wrap": layers, "cpu_ram_efficient_loading": False}
-    model = make_model(torch.float32 if case["bf16"] else torch.float64, case["head_unit"])
+    model = make_model(torch.float32 if case["bf16"] else torch.float64, case["head_unit"], case["adapter"])
     install(model, Objective.from_config(case["cv_loss"]))
     gradients = Gradients()
     arguments = TrainingArguments(

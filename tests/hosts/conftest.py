@@ -12,6 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+GUEST = Path(__file__).parents[1] / "guest"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = ["sort", ":", "?", *(f"w{i}" for i in range(90))]
 
@@ -135,6 +136,16 @@ def make_config(files, tmp_path):
         return {key: value for key, value in config.items() if value is not None}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory):
+    """The folder that a package of somebody else's, tests/guest, is installed into, beside the environment."""
+    folder = tmp_path_factory.mktemp("guest")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", folder]
+    done = start([sys.executable, "-m", "pip", "install", *options, GUEST], folder, {})
+    assert done.returncode == 0, done.stdout
+    return str(folder)
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """A package of somebody else's, tests/guest, really installed: its losses train with nothing but their formula."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-GUEST = Path(__file__).parents[1] / "guest"
 MIX = {"huberised": {"weight": 0.6, "tau": 5.0}, "fowlkes_mallows": 0.4}
 
 # The formulas again, by the definition, on tensors.
@@ -54,17 +51,6 @@ if trainer.is_world_process_zero():
 """
 
 
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory):
-    """The folder that the package is installed into, beside the environment and not in it."""
-    folder = tmp_path_factory.mktemp("guest")
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", folder]
-    command = [sys.executable, "-m", "pip", "install", *options, GUEST]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return str(folder)
-
-
 def program(path, text):
     path.write_text(f"MIX = {MIX!r}\n{text}")
     return path
@@ -82,7 +68,7 @@ def test_values(guest, run_program, tmp_path):
 def test_axolotl(packed, guest, make_config, train):
     pytest.importorskip("axolotl")
     keys = {"sample_packing": True, "eval_sample_packing": False, "attn_implementation": "sdpa"} if packed else {}
-    config = make_config("packed" if packed else "padded", cv_loss={"terms": terms(), "head": "fused"}, **keys)
+    config = make_config("packed" if packed else "padded", cv_loss={**MIX, "head": "fused"}, **keys)
     history, _, printed = train(config, PYTHONPATH=guest)
     assert "0.6 huberised" in printed
     logged = [entry for entry in history if "loss" in entry]
@@ -90,13 +76,6 @@ def test_axolotl(packed, guest, make_config, train):
         mix = 0.6 * entry["cv_loss/huberised"] + 0.4 * entry["cv_loss/fowlkes_mallows"]
         assert entry["loss"] == pytest.approx(mix, abs=1e-5)
     assert logged[-1]["cv_loss/huberised"] < logged[0]["cv_loss/huberised"] - 0.2
-
-
-def terms():
-    return [
-        {"loss": "huberised", "weight": 0.6, "tau": 5.0},
-        {"loss": "fowlkes_mallows", "weight": 0.4},
-    ]
 
 
 @pytest.mark.hosts

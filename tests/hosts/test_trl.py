@@ -51,6 +51,12 @@ def data(problems):
 
     return {
         "completion": problems,
+        **{
+            f"weighted {number}": {
+                k: [{**r, "importance": (i + number) % 2} for i, r in enumerate(rows)] for k, rows in problems.items()
+            }
+            for number in range(2)
+        },
         "text": {k: [{"text": f"{r['prompt']} {r['completion']}"} for r in rows] for k, rows in problems.items()},
         "chat": {k: [conversation(r) for r in rows] for k, rows in problems.items()},
     }
@@ -455,3 +461,16 @@ def test_the_example_script(conversations, run_program, tmp_path):
     assert result.returncode == 0, result.stdout[-5000:]
     training, _ = logged(tmp_path / "outputs" / "trl_sft")
     assert "cv_loss/lovasz" in training[-1]
+
+
+@pytest.mark.parametrize("way", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"])
+def test_example_weights(way, make_trainer):
+    """The loss is linear in the weights, so those of two halves of the examples add up to the loss of all."""
+    losses = []
+    for kind in "weighted 0", "weighted 1", "completion":
+        objective = MIX if kind == "completion" else {**MIX, "example_weights": "importance"}
+        trainer = make_trainer(objective, kind=kind, max_steps=1, logging_steps=1, **way)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert min(losses) > 0.5
+    assert sum(losses[:2]) == pytest.approx(losses[2], rel=1e-5)
