@@ -23,12 +23,17 @@ PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = spec_from_file_location("docs", REPOSITORY / "tools" / "docs.py")
+def load(name):
+    """One of the programs in tools/."""
+    spec = spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load("docs")
 
 
 def name_of(path):
@@ -57,6 +62,15 @@ def test_the_table_of_losses_is_what_the_docstrings_say(tool):
 def test_the_table_of_speed_is_what_was_measured(tool):
     text = README.read_text(encoding="utf-8")
     assert text == tool.speed(text), "run python tools/docs.py"
+
+
+def test_the_table_of_what_was_tested_is_that_of_the_results():
+    compatibility, text = load("compatibility"), README.read_text(encoding="utf-8")
+    environments = compatibility.environments()
+    assert environments
+    assert text == compatibility.with_table(text, environments), "run python tools/compatibility.py"
+    hosts = {setup["host"] for found in environments for setup in found["setups"] if setup["result"] == "passed"}
+    assert hosts == set(compatibility.PACKAGE)
 
 
 def test_every_loss_has_its_place(tool):

@@ -37,11 +37,15 @@ def with_table(text: str, environments: list[dict]) -> str:
     return f"{before}{START}\n{table(environments)}\n{END}{after}"
 
 
+def environments() -> list[dict]:
+    """What ran, in each environment that there are results of."""
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "compatibility").glob("*.json"))]
+
+
 def main() -> None:
-    environments = [json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "compatibility").glob("*.json"))]
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), environments))
-    print(table(environments))
+    readme.write_text(with_table(readme.read_text(), environments()))
+    print(table(environments()))
 
 
 if __name__ == "__main__":
