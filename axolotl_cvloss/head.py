@@ -55,8 +55,16 @@ class HeadTap:
         self._take(hidden_states, self._head)
         if self._probe:
             with torch.no_grad():
-                return self._head.forward(probed(hidden_states))
-        return hidden_states.detach()[..., :1]
+                logits = self._head.forward(probed(hidden_states))
+        else:
+            logits = torch.zeros_like(hidden_states[..., :1])
+        return logits.requires_grad_() if partitioned(self._head.module) else logits
+
+
+def partitioned(head: nn.Module) -> bool:
+    """DeepSpeed's ZeRO-3 has the weights. It makes them whole for the backward pass of a module where the gradient of
+    what the module has returned comes in, so the loss must depend on that."""
+    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def probed(hidden_states: Tensor) -> Tensor:

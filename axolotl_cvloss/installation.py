@@ -9,6 +9,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -181,8 +182,11 @@ class Installation:
             if seen.shape != expected[0].shape or not torch.allclose(seen, expected[0], rtol=0.02, atol=0.02):
                 return self._refuse("its logits are not those of its head, scaled and capped as its config says")
             self._fusable = True
+        (result,) = results
+        if outputs.logits.requires_grad:  # see ``partitioned``
+            result = replace(result, loss=result.loss + 0 * outputs.logits.flatten()[0])
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
-        return outputs, results[0]
+        return outputs, result
 
     def _refuse(self, why: str) -> Any:
         """Go on with full logits, or stop where fused was asked for."""

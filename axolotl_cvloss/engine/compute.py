@@ -21,7 +21,7 @@ from .gradient import LogitGradient, softmax_
 from .sets import SetCounts, Sets, Window
 from .sources import LogitSource
 
-CHUNK_BYTES = {"cpu": 64 << 20}  # of logits at a time
+CHUNK_BYTES = {"cpu": 72 << 20}  # of logits at a time
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 Group = tuple[str, str]  # scope, per
@@ -71,6 +71,12 @@ def compute(
     nll = -trained.pop("logp")
     sets = {t.name: pass_.groups[t.scope, t.per].counted() for t in pass_.set_terms}
     return Outcome(loss, means, nll, sets, trained)
+
+
+def chunks_of(n: int, most: int) -> list[slice]:
+    """As few as can be of at most so many rows, and of equal size: a small one at the end reads the whole head too."""
+    size = -(-n // max(1, -(-n // most)))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size or 1)]
 
 
 def sets_of(rows: Rows, scope: str, per: str, vocab_size: int) -> Sets:
@@ -124,8 +130,7 @@ class _Pass:
         self.set_terms = [t for t in terms if t.loss.family not in ("token", "row", "number")]
         n, device = len(rows.labels), rows.labels.device
         budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
-        size = max(1, budget // (source.vocab_size * source.dtype.itemsize))
-        self.chunks = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+        self.chunks = chunks_of(n, max(1, budget // (source.vocab_size * source.dtype.itemsize)))
         # The mean of the logits only where a term needs it: it reads all of them once more.
         names = ["logp", "lse", *(["mean_logit"] if any(t.needs("mean_logit") for t in self.token_terms) else [])]
         self.statistics = {name: torch.zeros(n, dtype=source.dtype, device=device) for name in names}
@@ -200,7 +205,7 @@ class _Pass:
             if not again:
                 self.loss += total.detach()
         if again:
-            return softmax_(logits)[0], dense
+            return torch.softmax(logits, 1, out=logits), dense
         if self.number_terms:
             self._number_terms(chunk, logits)
         if "mean_logit" in self.statistics:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+DEEPSPEED = HERE.parents[1] / ".deepspeed"
 COLUMNS = ("host", "sharding", "packing", "adapter")
 PACKAGES = ("axolotl", "transformers", "trl", "accelerate", "peft", "torch")
 
@@ -66,8 +67,14 @@ def steps_of(start_processes, tmp_path):
     """Gradients and losses of many cases, of one launch."""
 
     def start(cases, processes):
+        variables = {}
+        if cases[0]["sharding"].startswith("zero"):
+            if not DEEPSPEED.exists():
+                pytest.skip("DeepSpeed is not installed: make .deepspeed")
+            # Told to use CPUs, accelerate would pass DeepSpeed by.
+            variables = {"PYTHONPATH": str(DEEPSPEED), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
         (tmp_path / "cases.json").write_text(json.dumps(cases))
-        start_processes(processes, "one_step.py", tmp_path / "cases.json", tmp_path / "found.pt")
+        start_processes(processes, "one_step.py", tmp_path / "cases.json", tmp_path / "found.pt", **variables)
         return torch.load(tmp_path / "found.pt")
 
     return start

@@ -6,6 +6,7 @@ Rank 0 saves, for every case, the whole gradient that the optimizer sees and the
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -84,17 +85,34 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+def zero(stage):
+    """Of DeepSpeed. With SGD and a rate of 1 the gradient of a step is what the weights lose."""
+    sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
+    options = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0, **options, **sizes}
+    return {"deepspeed": config, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+
+
+def weights(model):
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def run(case, folder, world):
     sharding = case["sharding"]
     layers = ["LlamaDecoderLayer", *(["HeadUnit"] if case["head_unit"] else [])]
     fsdp = {"version": 2, "reshard_after_forward": case["reshard"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     fsdp |= {"transformer_layer_cls_to_wrap": layers, "cpu_ram_efficient_loading": False}
-    model = make_model(torch.float32 if case["bf16"] else torch.float64, case["head_unit"], case["adapter"])
+    shardings = {"fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}, "zero2": zero(2), "zero3": zero(3)}
+    model = make_model(getattr(torch, case["dtype"]), case["head_unit"], case["adapter"])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     install(model, Objective.from_config(case["cv_loss"]))
     gradients = Gradients()
     arguments = TrainingArguments(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=not sharding.startswith("zero"),  # where told to, accelerate passes DeepSpeed by
         bf16=case["bf16"],
         max_steps=1,
         per_device_train_batch_size=ROWS // (world * case["accumulation"]),
@@ -105,25 +123,28 @@ def run(case, folder, world):
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        **({"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp} if sharding == "fsdp2" else {}),
+        **shardings.get(sharding, {}),
     )
     trainer = InOrder(
         model,
         arguments,
         train_dataset=make_rows(case["untrained"]),
         data_collator=packed if case["packed"] else padded,
-        callbacks=[gradients],
+        callbacks=[] if sharding.startswith("zero") else [gradients],
     )
     attach(trainer)
     trainer.train()
     sharded = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
     assert sharded == (sharding == "fsdp2"), "the model is not sharded as the case says"
+    if sharding.startswith("zero"):
+        after = weights(trainer.model)
+        gradients.seen = {name: before[name] - after[name] for name in before}
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     return {"gradient": gradients.seen, "loss": logged["loss"], "logged": logged}
 
 
 def main(cases, output):
-    import fsdp_on_cpu  # noqa: F401
+    import sharding_on_cpu  # noqa: F401
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     found = []
@@ -131,7 +152,7 @@ def main(cases, output):
         for case in json.loads(Path(cases).read_text()):
             AcceleratorState._reset_state()
             GradientState._reset_state()
-            found.append(run(case, folder, PartialState(cpu=True).num_processes))
+            found.append(run(case, folder, int(os.environ["WORLD_SIZE"])))
     if PartialState().is_main_process:
         torch.save(found, output)
     PartialState().destroy_process_group()

@@ -2,7 +2,7 @@
 
 import sys
 
-import fsdp_on_cpu  # noqa: F401
+import sharding_on_cpu  # noqa: F401
 from accelerate.parallelism_config import ParallelismConfig
 from one_step import make_model, make_rows, padded
 from transformers import Trainer, TrainingArguments

@@ -1,19 +1,18 @@
-"""`axolotl train` with several configs, one after the other, with FSDP on a CPU."""
+"""`axolotl train` on a YAML file, with FSDP on a CPU.
+
+torchrun --nproc-per-node 2 train_axolotl.py CONFIG.yaml
+"""
 
 import sys
 
 
-def main(configs):
-    import fsdp_on_cpu  # noqa: F401
-    from accelerate.state import AcceleratorState, GradientState
+def main(config):
+    import sharding_on_cpu  # noqa: F401
     from axolotl.cli.train import do_cli
 
     sys.argv = sys.argv[:1]
-    for config in configs:
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-        do_cli(config=config)
+    do_cli(config=config)
 
 
 if __name__ == "__main__":  # data sets are prepared in processes of their own
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
