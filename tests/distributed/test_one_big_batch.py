@@ -133,8 +133,8 @@ def check(launch, cases, steps_of):
     for case, found in zip(cases, steps_of(cases, processes), strict=True):
         gradient, loss = big_batch(case)
         error, tolerance = distance(found["gradient"], gradient), 1e-5 if case["dtype"] == "float64" else 1e-4
-        if bf16:  # as exact as PyTorch's own bf16 on the whole batch, give or take how sums are rounded
-            tolerance = 2 * distance(big_batch(case, autocast=True)[0], gradient)
+        if bf16:  # near what autocast does to the whole batch; FSDP also adds up gradients in bfloat16
+            tolerance = 3 * distance(big_batch(case, autocast=True)[0], gradient)
         if not error <= tolerance:
             wrong.append(f"gradient off by {error:.1e}, allowed {tolerance:.1e}: {json.dumps(case)}")
         if found["loss"] != pytest.approx(loss, rel=0.03 if bf16 else 1e-5, abs=1e-6):
