@@ -96,4 +96,9 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("  ".join(str(row[name]).ljust(widths[name]) for name in columns))
     if path := os.environ.get("COMPATIBILITY"):
         versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-        Path(path).write_text(json.dumps({"versions": versions, "setups": rows}, indent=1) + "\n")
+        # What ran before with the same versions stays, where it did not run again.
+        before = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        kept = before["setups"] if before.get("versions") == versions else []
+        found = {tuple(row[name] for name in COLUMNS): row for row in [*kept, *rows]}
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(json.dumps({"versions": versions, "setups": list(found.values())}, indent=1) + "\n")

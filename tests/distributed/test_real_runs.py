@@ -130,6 +130,8 @@ def same(found, expected, tolerance):
 @pytest.mark.parametrize("adapter", ["full", "LoRA"])
 def test_two_processes(runs, packing, adapter, start_processes, record_property):
     way = {"packing": packing, "adapter": adapter}
+    for sharding in "1 process", "FSDP2":
+        record_property("setup", {"host": runs.host, "sharding": sharding, **way})
     alone = runs.setup("alone", **way, processes=1)
     whole = runs.setup("whole", **way, processes=2)
     killed = runs.setup("killed", **way, processes=2)
@@ -161,8 +163,6 @@ def test_two_processes(runs, packing, adapter, start_processes, record_property)
     }  # through which the plugin guards the YAML of Axolotl
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.split()[-2:-1] == ["generated"], done.stderr[-3000:]
-    for sharding in "1 process", "FSDP2":
-        record_property("setup", {"host": runs.host, "sharding": sharding, **way})
 
 
 @needs_axolotl
