@@ -107,7 +107,7 @@ def run(case, folder, world):
     fsdp |= {"transformer_layer_cls_to_wrap": layers, "cpu_ram_efficient_loading": False}
     shardings = {"fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}, "zero2": zero(2), "zero3": zero(3)}
     model = make_model(getattr(torch, case["dtype"]), case["head_unit"], case["adapter"])
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     install(model, Objective.from_config(case["cv_loss"]))
     gradients = Gradients()
     arguments = TrainingArguments(
