@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.sources import Head
-from .head import HeadTap, postprocessing, probed, processed
+from .head import HeadTap, is_linear, partitioned, postprocessing, probed, processed
 from .objective import Objective, ObjectiveResult
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,11 @@ class Installation:
         config = self.objective.config
         if config.head == "logits" or config.needs_logits or keep_logits:
             return False
-        if self._fusable is None and self._tap.find() is None:
-            self._refuse("get_output_embeddings() of the model gives no head")
+        if self._fusable is None:
+            if (head := self._tap.find()) is None:
+                self._refuse("get_output_embeddings() of the model gives no head")
+            elif partitioned(head) and not is_linear(head):
+                self._refuse("DeepSpeed ZeRO-3 makes the parts of an adapted head whole one after the other")
         return self._fusable is not False
 
     def _fused(self, run: Callable[[], Any], given: dict[str, Any]) -> tuple[Any, ObjectiveResult] | None:
@@ -184,7 +187,7 @@ class Installation:
             self._fusable = True
         (result,) = results
         if outputs.logits.requires_grad:  # see ``partitioned``
-            result = replace(result, loss=result.loss + 0 * outputs.logits.flatten()[0])
+            result = replace(result, loss=result.loss + outputs.logits.flatten()[:0].sum())
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         return outputs, result
 

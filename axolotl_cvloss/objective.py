@@ -14,6 +14,7 @@ from .engine.dense import add_dense
 from .engine.evaluate import Term
 from .engine.sets import SetCounts
 from .engine.sources import Head, LinearSource, LogitSource, ModuleSource, TensorSource
+from .head import is_linear
 from .registry import available_losses
 from .rows import IGNORE_INDEX, Filter, Goldfish, Rows, aligned_labels, select_rows
 from .vocabulary import NumberTokens, number_tokens, rarity
@@ -352,8 +353,7 @@ def _head_source(
         if isinstance(head, nn.Module):
             head = Head(head, head)
         module = head.module
-        plain = type(module).forward is nn.Linear.forward and type(module.weight) in (Tensor, nn.Parameter)
-        if not plain:
+        if not is_linear(module):
             parameters = [p for p in module.parameters() if p.requires_grad]
             random = module.training and any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
             return ModuleSource(hidden_states, head.forward, parameters, index, scale, softcap, random)

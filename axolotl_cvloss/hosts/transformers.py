@@ -183,9 +183,6 @@ def attach(trainer: Trainer) -> None:
     _inform(installed.objective, trainer)
     if column := installed.objective.config.example_weights:
         trainer.data_collator = WeightCollator(trainer.data_collator, column)
-        trainer._set_signature_columns_if_needed()
-        if column not in trainer._signature_columns:  # SFTTrainer has a list of its own and removes what is not in it
-            trainer._signature_columns.append(column)
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
     bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)

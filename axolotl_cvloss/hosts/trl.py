@@ -44,7 +44,13 @@ class CVLossSFTConfig(SFTConfig):
             return
         problems = conflicts(partial(getattr, self))
         try:
-            self.cv_loss = CVLossConfig.parse(self.cv_loss).dump()
+            config = CVLossConfig.parse(self.cv_loss)
+            if config.example_weights is not None and (self.packing or self.use_liger_kernel):
+                problems.append(
+                    f"{KEY}.example_weights cannot be used with packing or use_liger_kernel: it drops the column; "
+                    "use padding_free instead of packing"
+                )
+            self.cv_loss = config.dump()
         except ConfigError as error:
             problems.append(str(error))
         if problems:
@@ -84,6 +90,9 @@ class CVLossSFTTrainer(SFTTrainer):
         objective.diagnose = True
         install(self.model, objective)
         attach(self)
+        if column := objective.config.example_weights:  # SFTTrainer has a list of the columns that it keeps
+            self._set_signature_columns_if_needed()
+            self._signature_columns.append(column)
         # SFTTrainer puts the coefficient of the auxiliary loss into the config, which most models have read by then.
         if self.aux_loss_enabled and hasattr(self.cv_loss.model, "router_aux_loss_coef"):
             self.cv_loss.model.router_aux_loss_coef = self.model.config.get_text_config().router_aux_loss_coef

@@ -89,7 +89,10 @@ def zero(stage):
     """Of DeepSpeed. With SGD and a rate of 1 the gradient of a step is what the weights lose."""
     sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
     options = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0, **options, **sizes}
+    # Weights as small as these would stay whole from the second micro-batch on.
+    small = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+    optimization = {"stage": stage, **(dict.fromkeys(small, 0) if stage == 3 else {})}
+    config = {"zero_optimization": optimization, "gradient_clipping": 0.0, **options, **sizes}
     return {"deepspeed": config, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
 
 

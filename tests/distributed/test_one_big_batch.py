@@ -8,7 +8,7 @@ from helpers import Batch, naive_loss
 from one_step import ROWS, make_model, make_rows, padded
 
 GLOBAL = {"per": "batch", "reduce": "global"}
-# At least one loss of every family.
+# Losses of the families token, row, region, ranking and document, and mixtures of them.
 OBJECTIVES = {
     "cross_entropy": [{"loss": "cross_entropy"}],
     "focal": [{"loss": "focal"}],
@@ -134,7 +134,9 @@ def check(launch, cases, steps_of):
         gradient, loss = big_batch(case)
         error, tolerance = distance(found["gradient"], gradient), 1e-5 if case["dtype"] == "float64" else 1e-4
         if bf16:  # near what autocast does to the whole batch; FSDP also adds up gradients in bfloat16
-            tolerance = 3 * distance(big_batch(case, autocast=True)[0], gradient)
+            # Where two errors are almost equal, rounding changes their order, and with it Lovász's gradient by a jump.
+            factor = 6 if "lovasz" in case["name"] else 3
+            tolerance = factor * distance(big_batch(case, autocast=True)[0], gradient)
         if not error <= tolerance:
             wrong.append(f"gradient off by {error:.1e}, allowed {tolerance:.1e}: {json.dumps(case)}")
         if found["loss"] != pytest.approx(loss, rel=0.03 if bf16 else 1e-5, abs=1e-6):

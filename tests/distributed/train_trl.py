@@ -35,8 +35,6 @@ trainer = CVLossSFTTrainer(
     callbacks=[Crash()],
 )
 trainer.train(resume_from_checkpoint=setup["resume"])
-sharded = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
-assert sharded == ("fsdp" in setup["arguments"]), "the model is not sharded as the setup says"
-if sharded:  # what is saved is to be whole
+if "fsdp" in setup["arguments"]:  # what is saved is to be whole
     trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 trainer.save_model()

@@ -329,6 +329,11 @@ REFUSED = {
     "liger": ({"use_liger_kernel": True}, r"liger_kernel_config: \{fused_linear_cross_entropy: false\}"),
     "context": ({"parallelism_config": ParallelismConfig(cp_size=2)}, r"cp_size above 1 \(context parallelism\)"),
     "tensor": ({"parallelism_config": ParallelismConfig(tp_size=2)}, r"tp_size above 1 \(tensor parallelism\)"),
+    "sequence": ({"parallelism_config": ParallelismConfig(sp_size=2)}, r"sp_size above 1 \(sequence parallelism\)"),
+    "weights": (
+        {"cv_loss": {"focal": 1, "example_weights": "w"}, "packing": True},
+        "example_weights cannot be used with",
+    ),
     "misspelt": ({"cv_loss": {"lovas": 1}}, r"cv_loss.*lovas.*did you mean lovasz\?"),
     "two": ({"cv_loss": "lovas", "loss_type": "dft"}, "(?s)loss_type: dft.*did you mean lovasz"),
 }
