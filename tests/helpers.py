@@ -4,11 +4,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from naive import NAIVE
+from naive import COUNTS, NAIVE
 
 from axolotl_cvloss import registry
 
 IGNORE = -100
+
+
+class Tokenizer:
+    """As much of a tokenizer as is asked for: its vocabulary. Real ones are used in tests/hosts."""
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def get_vocab(self):
+        return {token: number for number, token in enumerate(self.tokens)}
+
+
+# Those of naive.NUMBERS are numbers of one digit.
+DIGITS = Tokenizer("the", "3", "\u01207", "12", "\u25810", "a1", "-4", "1.5", "five", "²", "٣", "²3")
+# What an objective is told so that every loss has all that it needs.
+KNOWN = {"tokenizer": DIGITS, "label_counts": torch.tensor(COUNTS)}
 
 
 @dataclass
@@ -54,15 +70,37 @@ def naive_loss(batch, logits, terms):
     logits = logits.view(*torch.atleast_2d(batch.labels).shape, -1)
     total = logits.sum() * 0
     for term in terms:
-        fields = {"weight": 1.0, "scope": "completion", "per": "document", **term}
-        name, weight, scope, per = (fields.pop(f) for f in ("loss", "weight", "scope", "per"))
+        fields = {"weight": 1.0, "scope": "completion", "per": "document", "goldfish": None, **term}
+        name, weight, scope, per, fish = (fields.pop(f) for f in ("loss", "weight", "scope", "per", "goldfish"))
         rows = batch.rows(scope)
+        if fish:
+            dropped = dropped_naive(batch.inputs["input_ids"], batch.documents, **fish)
+            rows = [row for row in rows if not dropped[row[0]]]
         if rows:
             places, targets, documents = zip(*rows, strict=True)
             chosen = torch.stack([logits[at] for at in places])
             sets = torch.tensor(documents) if per == "document" else None
             total = total + weight * NAIVE[name](chosen, torch.tensor(targets), sets, **fields)
     return total
+
+
+def dropped_naive(input_ids, documents, k, h):
+    """For each row whether goldfish leaves out the token it predicts, one row at a time in Python's own numbers."""
+    found = []
+    for line, own in zip(input_ids.tolist(), documents.tolist(), strict=True):
+        drops = []
+        for t in range(len(line)):
+            if t + 1 < h or own[t - h + 1] != own[t]:
+                drops.append(False)
+                continue
+            value = 0
+            for token in line[t - h + 1 : t + 1]:
+                value = (value * 31 + token + 1) % (2**31 - 1)
+            for factor in (48271, 69621, 16807):
+                value = (value * factor + 11) % (2**31 - 1)
+            drops.append(value < (2**31 - 1) // k)
+        found.append(drops)
+    return torch.tensor(found)
 
 
 # How batches come. V is small, as the naive losses are slow; the last two tokens are never labels.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import KNOWN
 from torch import nn
 
 from axolotl_cvloss import Objective, available_losses
@@ -10,7 +11,7 @@ from axolotl_cvloss.engine import compute
 V, H, B, T = 37, 8, 2, 19
 
 OBJECTIVES = {
-    **{name: name for name, loss in available_losses().items() if not loss.needs_more},  # those: test_inputs.py
+    **{name: name for name in available_losses()},
     "smoothed": {"cross_entropy": {"weight": 1.0, "label_smoothing": 0.2}},
     "mix": {"cross_entropy": 0.6, "lovasz": 0.4},
     "everything": {
@@ -73,7 +74,7 @@ def linear(weight, bias, wanted):
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)], ids=["plain", "capped"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_head_equals_its_logits(name, scale, softcap, wanted, called, chunk):
-    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = tensors()
     wanted = [bool(w) for w in wanted]
     result, grads = expected(objective, rows, hidden, weight, bias, scale, softcap, wanted)
@@ -101,7 +102,7 @@ def test_a_weight_alone_is_a_head():
 @pytest.mark.parametrize("trained", [slice(0, 0), slice(8, 9)], ids=["none", "one"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_trained_row_and_one(name, trained):
-    objective, rows = Objective.from_config(OBJECTIVES[name]), batch(trained=trained)
+    objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch(trained=trained)
     hidden, weight, bias = tensors()
     result, grads = expected(objective, rows, hidden, weight, bias, 1.0, None, (True, True, True))
     head, leaf = linear(weight, bias, (True, True, True)), hidden.clone().requires_grad_()
@@ -118,7 +119,7 @@ def test_no_trained_row_and_one(name, trained):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_extreme_models(name, size, frozen):
     """Uniform probabilities, p = 1 to rounding, and logits of 1e4: finite, and as accurate as full logits."""
-    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = (t.float() for t in tensors(size=size**0.5))
     wanted = (True, not frozen, False)
     right, right_grads = expected(objective, rows, *(t.double() for t in (hidden, weight, bias)), 1.0, None, wanted)
@@ -139,7 +140,7 @@ def test_extreme_models(name, size, frozen):
 def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatch):
     """Against float64, a fused head loses no more than full logits of the same dtype do."""
     monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", 5 * V * 4)
-    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = tensors(dtype)
     wanted = (True, not frozen, False)
     right, right_grads = expected(objective, rows, *(t.double() for t in (hidden, weight, bias)), 1.0, None, wanted)
@@ -189,7 +190,7 @@ class DroppingHead(nn.Module):
 @pytest.mark.parametrize("name", ["cross_entropy", "mix", "generalized_dice"])
 def test_a_head_that_draws_random_numbers_draws_the_same_at_every_visit(name, chunk):
     """Its gradient is that of the value it gave: differences of the loss under the same seed agree with it."""
-    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, _, _ = tensors()
     head = DroppingHead()
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import make_batch
+from helpers import DIGITS, KNOWN, Tokenizer, dropped_naive, make_batch
+from naive import COUNTS, NAIVE, NUMBERS
 
 from axolotl_cvloss import Objective
 from axolotl_cvloss.config import ConfigError, CVLossConfig
@@ -11,36 +12,7 @@ from axolotl_cvloss.rows import Goldfish, select_rows
 from axolotl_cvloss.vocabulary import count_labels, number_tokens, rarity
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-
-
-class Tokenizer:
-    """As much of a tokenizer as is asked for: its vocabulary. Real ones are used in tests/hosts."""
-
-    def __init__(self, *tokens):
-        self.tokens = tokens
-
-    def get_vocab(self):
-        return {token: number for number, token in enumerate(self.tokens)}
-
-
-DIGITS = Tokenizer("the", "3", "\u01207", "12", "a1", "0", "\u25819", "-4", "1.5", "five", "²", "٣")
-NUMBERS = {1: 3.0, 2: 7.0, 5: 0.0, 6: 9.0}
-
-
-def distance_naive(logits, target):
-    """sum_j q_j |v_j - v_y|, one row at a time."""
-    q = torch.stack([logits[token].exp() for token in NUMBERS])
-    q = q / q.sum()
-    return sum(q[i] * abs(value - NUMBERS[target]) for i, value in enumerate(NUMBERS.values()))
-
-
-def square_naive(logits, target):
-    q = torch.stack([logits[token].exp() for token in NUMBERS])
-    q = q / q.sum()
-    return (sum(q[i] * value for i, value in enumerate(NUMBERS.values())) - NUMBERS[target]) ** 2
-
-
-NAIVE = {"number_token_wasserstein": distance_naive, "number_token_mse": square_naive}
+NUMBER_LOSSES = ["number_token_wasserstein", "number_token_mse"]
 
 
 def test_number_tokens():
@@ -53,7 +25,7 @@ def test_a_vocabulary_without_numbers_is_refused():
         Objective.from_config("number_token_mse", tokenizer=Tokenizer("one", "two"))
 
 
-@pytest.mark.parametrize("key", [*NAIVE, "ldam"])
+@pytest.mark.parametrize("key", [*NUMBER_LOSSES, "ldam"])
 def test_what_is_missing_is_said(key):
     what = "label_counts" if key == "ldam" else "tokenizer"
     with pytest.raises(ValueError, match=rf"needs to know more; use Objective.from_config\(..., {what}={what}\)"):
@@ -80,7 +52,7 @@ MIXES = {
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("source", ["logits", "hidden", "frozen", "module", "softcap"])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", NAIVE)
+@pytest.mark.parametrize("name", NUMBER_LOSSES)
 def test_number_losses(name, mix, source, chunk, monkeypatch):
     monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", chunk * 12 * 8)
     states, weight, labels = data()
@@ -103,7 +75,7 @@ def test_number_losses(name, mix, source, chunk, monkeypatch):
         result = objective.from_hidden(states, head, labels, shift=False, **options)
     numbers = [i for i, label in enumerate(labels.tolist()) if label in NUMBERS]
     assert 2 < len(numbers) < len(labels) - 2
-    expected = torch.stack([NAIVE[name](logits[i], int(labels[i])) for i in numbers]).mean()
+    expected = NAIVE[name](logits, labels)
     torch.testing.assert_close(result.terms[name], expected.detach(), **EXACT)
     assert result.counts[name] == len(numbers)
     total = 0.7 * expected
@@ -144,16 +116,6 @@ def test_max_digits_is_a_parameter():
 # ldam
 
 
-def ldam_naive(logits, labels, counts, max_margin=0.5):
-    least = min(n for n in counts if n)
-    values = []
-    for z, y in zip(logits, labels.tolist(), strict=True):
-        moved = z.clone()
-        moved[y] = z[y] - max_margin * (least / (counts[y] or least)) ** 0.25
-        values.append(moved.logsumexp(0) - moved[y])
-    return torch.stack(values).mean()
-
-
 @pytest.mark.parametrize("max_margin", [0.5, 2.0])
 @pytest.mark.parametrize("source", ["logits", "hidden"])
 def test_ldam(source, max_margin):
@@ -161,14 +123,14 @@ def test_ldam(source, max_margin):
     labels[3] = 0
     states.requires_grad_()
     weight.requires_grad_()
-    counts = [5, 0, 16, 3, 3, 1, 200, 9, 4, 4, 2]  # of 11 of the 12 tokens
-    objective = Objective.from_config({"ldam": {"max_margin": max_margin}}, label_counts=torch.tensor(counts))
+    objective = Objective.from_config({"ldam": {"max_margin": max_margin}}, **KNOWN)
     logits = states @ weight.T
     if source == "logits":
         result = objective.from_logits(logits, labels, shift=False)
     else:
         result = objective.from_hidden(states, weight, labels, shift=False)
-    expected = ldam_naive(logits, labels, [*counts, 0], max_margin)
+    assert labels.max() >= len(COUNTS)  # tokens that are no label in the training set
+    expected = NAIVE["ldam"](logits, labels, max_margin=max_margin)
     torch.testing.assert_close(result.loss, expected, **EXACT)
     pairs = (torch.autograd.grad(loss, (states, weight), retain_graph=True) for loss in (result.loss, expected))
     for one, other in zip(*pairs, strict=True):
@@ -194,25 +156,6 @@ def test_counts_of_labels():
 
 
 # goldfish
-
-
-def dropped_naive(input_ids, documents, k, h):
-    """For each row whether the token it predicts is left out, one row at a time in Python's own numbers."""
-    found = []
-    for line, own in zip(input_ids.tolist(), documents.tolist(), strict=True):
-        drops = []
-        for t in range(len(line)):
-            if t + 1 < h or own[t - h + 1] != own[t]:
-                drops.append(False)
-                continue
-            value = 0
-            for token in line[t - h + 1 : t + 1]:
-                value = (value * 31 + token + 1) % (2**31 - 1)
-            for factor in (48271, 69621, 16807):
-                value = (value * factor + 11) % (2**31 - 1)
-            drops.append(value < (2**31 - 1) // k)
-        found.append(drops)
-    return torch.tensor(found)
 
 
 @pytest.mark.parametrize("scope", ["completion", "sequence"])

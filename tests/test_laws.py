@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BATCHES, IGNORE, VOCAB, Batch, make_batch, naive_loss, temporary_losses
-from naive import NAIVE, set_loss
+from helpers import BATCHES, IGNORE, KNOWN, VOCAB, Batch, make_batch, naive_loss, temporary_losses
+from naive import NAIVE, NUMBERS, set_loss
 
 from axolotl_cvloss import Objective, available_losses, register_loss
 from axolotl_cvloss.engine import compute
@@ -46,6 +46,9 @@ VARIANTS = {
     "entropy_adaptive": [{"k": 3, "alpha": 2.0}, {"alpha": 0.0}],
     "confidence_penalty": [{"coefficient": 1.0}],
     "gem": [{"beta": 0.3}, {"beta": 1.0}],
+    "ldam": [{"max_margin": 2.0}],
+    "number_token_wasserstein": [],  # their one parameter says which rows they look at, and has a test of its own
+    "number_token_mse": [],
 }
 # Their gradient is not that of their value, on purpose.
 DETACHED = [
@@ -88,6 +91,9 @@ NOT_WITH_IMPOSSIBLE_TOKENS = [
     "a_row_loss",
 ]
 
+# They look at the rows whose label is a number, and at the logits of numbers.
+NUMBER_LOSSES = ["number_token_wasserstein", "number_token_mse"]
+
 # Losses of a stranger, so that the laws hold for each family and each statistic whatever is built in.
 STRANGERS = ("a_row_loss", "a_document_loss", "a_region_loss", "a_set_loss")
 
@@ -127,8 +133,6 @@ def _strangers():
 
 def listed():
     for name, loss in available_losses().items():
-        if loss.needs_more:
-            continue  # its laws are in test_inputs.py
         yield name, loss.family, {}
         for parameters in VARIANTS.get(name, []):
             yield name, loss.family, parameters
@@ -163,11 +167,18 @@ FAMILIES = [
     {"loss": "unified_focal", "weight": 0.3, "scope": "sequence"},
     {"loss": "a_row_loss", "weight": 0.2},
     {"loss": "a_document_loss", "weight": 0.7},
+    {"loss": "number_token_mse", "weight": 0.1},
 ]
 
 
 def objective(*terms, **options):
-    return Objective.from_config({"terms": list(terms), **options})
+    return Objective.from_config({"terms": list(terms), **options}, **KNOWN)
+
+
+def counted(listed_as, completion, numbers=None):
+    """The rows of a step, for num_items_in_batch, where the loss looks at the numbers alone too."""
+    (one,) = objective(term(listed_as)).terms
+    return {"completion": completion, one.scope: completion if numbers is None else numbers}
 
 
 def evaluate(batch, *terms, logits=None, **more):
@@ -192,8 +203,6 @@ def close(a, b, tolerance=1e-9):
 
 def test_every_loss_has_a_naive_version_and_variants():
     for name, loss in available_losses().items():
-        if loss.needs_more:
-            continue
         assert name in NAIVE, f"write {name} into naive.py, from its formula and without looking at the package"
         if name not in STRANGERS:
             assert name in VARIANTS or not loss.parameters.model_fields, f"add variants of {name} to VARIANTS"
@@ -281,14 +290,15 @@ def test_a_neighbouring_document_changes_nothing(listed_as):
     document = int(batch.documents[0, 7])
     mine = batch.documents == document
     alone = Batch(batch.logits[mine][None], batch.labels[mine][None], batch.documents[mine][None])
-    _, wanted = evaluate(alone, term(listed_as), num_items_in_batch=20)
+    count = counted(listed_as, 20)
+    _, wanted = evaluate(alone, term(listed_as), num_items_in_batch=count)
 
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         logits, labels = batch.logits.clone(), batch.labels.clone()
         logits[~mine] = torch.randn(int((~mine).sum()), VOCAB, generator=generator, dtype=torch.float64)
         labels[~mine] = torch.randint(0, VOCAB, (int((~mine).sum()),), generator=generator)
-        _, gradient = evaluate(replace(batch, labels=labels), term(listed_as), logits=logits, num_items_in_batch=20)
+        _, gradient = evaluate(replace(batch, labels=labels), term(listed_as), logits=logits, num_items_in_batch=count)
         close(gradient[mine], wanted[0], 1e-12)
 
     # The neighbours masked, their logits count nowhere.
@@ -472,6 +482,8 @@ def test_extreme_logits_give_finite_values_and_gradients(listed_as, case):
         pytest.skip("infinite by its formula")
     if listed_as == "a_row_loss" and case == "one token":
         pytest.skip("divides by V - 1")
+    if listed_as in NUMBER_LOSSES and logits.shape[1] <= max(NUMBERS):
+        pytest.skip("not all number tokens are in the vocabulary")
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         # Past its largest number a half-precision logit is infinite, which is another case.
         scaled = logits.clamp(-6e4, 6e4) if case != "impossible tokens" else logits
@@ -493,7 +505,7 @@ def test_nan_and_infinite_logits_give_no_number(listed_as, wrong):
             logits[3, column] = wrong
             for grouping in groupings(listed_as):
                 result, _ = evaluate(batch, term(listed_as, **grouping), logits=logits)
-                assert not result.loss.isfinite()
+                assert not result.loss.isfinite() or (listed_as in NUMBER_LOSSES and column not in NUMBERS)
                 assert not result.nll.isfinite()
 
 
@@ -557,8 +569,10 @@ def test_micro_batches_with_a_common_count_are_one_big_batch(listed_as, kind):
     terms = [*terms, *([{"loss": "cross_entropy", "scope": "sequence"}] if listed_as == "mixture" else [])]
     big, big_gradient = evaluate(batch, *terms)
     counts = {scope: len(batch.rows(scope)) for scope in ("completion", "sequence")}
+    if listed_as in NUMBER_LOSSES:
+        counts |= counted(listed_as, counts["completion"], sum(y in NUMBERS for _, y, _ in batch.rows()))
     given = [counts, {s: torch.tensor(n) for s, n in counts.items()}]
-    if listed_as != "mixture":
+    if listed_as not in ("mixture", *NUMBER_LOSSES):
         given += [counts["completion"], torch.tensor(float(counts["completion"]))]
     lines = len(batch.labels)
     for sizes, count in itertools.product(([1] * lines, [1, lines - 1]), given):
