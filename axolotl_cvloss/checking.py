@@ -96,8 +96,13 @@ def traps(config: CVLossConfig) -> list[str]:
         for term in config.terms
         if term not in trained
     ]
-    if all(_of_classes_alone(losses[term.loss]) for term in trained):
-        names = " and ".join(dict.fromkeys(term.loss for term in trained))
+    names = " and ".join(dict.fromkeys(term.loss for term in trained))
+    if all(losses[term.loss].family == "number" for term in trained):
+        found.append(
+            f"{KEY}: {names} says nothing of tokens that are no numbers, so nothing trains those; mix it with "
+            "cross_entropy"
+        )
+    elif all(losses[term.loss].family == "number" or _of_classes_alone(losses[term.loss]) for term in trained):
         found.append(
             f"{KEY}: {names} without a loss of single tokens learns slowly: where the model gives a token little "
             "probability, its gradient is small too. The paper mixes 0.4 of such a loss with 0.6 of cross_entropy"

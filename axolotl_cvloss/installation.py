@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .engine.sources import Head
 from .head import HeadTap, is_linear, partitioned, postprocessing, probed, processed
 from .objective import Objective, ObjectiveResult
+from .rows import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Installation:
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
     terms whose rows are not the ones that ``num_items_in_batch`` counts. ``keep_logits`` says whether the outputs
-    must have logits; None: in evaluation, but not in training, unless the objective needs them anyway.
+    must have logits; None: in evaluation, but not in training, unless the objective needs them anyway. Of a batch
+    the ``first_rows`` count; None: all.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -41,7 +43,13 @@ class Installation:
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[str, Tensor] = {}
         self.keep_logits: bool | None = None
+        self.first_rows: int | None = None
         self._weights = objective.config.example_weights
+        if objective.config.needs_logits and objective.config.head != "logits":
+            logger.warning(
+                f"cv_loss: {objective} needs all logits of a batch at once, which takes more memory than fused losses "
+                "do; `head: logits` silences this warning"
+            )
         self._tap = HeadTap(model)
         self._fusable: bool | None = None  # not known before the first batch
         self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}
@@ -120,6 +128,8 @@ class Installation:
             "example_weights": weights,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
+        if self.first_rows is not None:
+            given |= _padding_from(self.first_rows, given)
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
@@ -237,6 +247,19 @@ def installation(model: nn.Module) -> Installation | None:
     """The installation in a model, also where the model has been wrapped since, or None."""
     found = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
     return found[0] if found else None
+
+
+def _padding_from(first: int, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Labels and mask of a batch whose rows count as padding from this one on."""
+    changed = {"labels": given["labels"].clone()}
+    changed["labels"][first:] = IGNORE_INDEX
+    if given["attention_mask"] is not None:
+        changed["attention_mask"] = given["attention_mask"].clone()
+    elif given["position_ids"] is None:
+        changed["attention_mask"] = torch.ones_like(given["labels"])
+    if "attention_mask" in changed:
+        changed["attention_mask"][first:] = 0
+    return changed
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -250,6 +250,8 @@ TURNS = "the losses of single tokens together lower the probability of a token t
     [
         ("lovasz", "lovasz without a loss of single tokens learns slowly"),
         ({"dice": 0.5, "lovasz": 0.5, "cross_entropy": 0}, "dice and lovasz without a loss of single tokens"),
+        ("number_token_mse", "number_token_mse says nothing of tokens that are no numbers"),
+        ({"dice": 0.5, "number_token_mse": 0.1}, "dice and number_token_mse without a loss of single tokens"),
         (SELF, f"{TURNS} 0.5, so they punish confidence; detach_weight: true in self_adjusting_dice removes that"),
         ({SELF: {"alpha": 3.0}}, f"{TURNS} 0.25,"),
         ({SELF: 0.95, "cross_entropy": 0.05}, TURNS),

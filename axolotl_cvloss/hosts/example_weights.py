@@ -41,6 +41,6 @@ class WeightCollator:
         if weights.numel() not in (1, length):
             raise ValueError(
                 f"cv_loss.example_weights: {self.name} has {weights.numel()} numbers for {length} tokens; give one for "
-                "the example, or one for each token"
+                "the example, or one for each token, and as many of these as are left where the host cuts long examples"
             )
         return weights.flatten().expand(length)

@@ -57,12 +57,14 @@ class ObjectiveTrainer(Trainer):
 
         ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
         ``loss`` is; so ``loss`` is the weighted sum of the terms. ``cv_loss/TERM/tokens`` is the number of rows of a
-        step, ``.../sets`` that of sets, ``.../classes`` that of classes present in a set. An evaluation is one step.
+        step, ``.../sets`` that of sets, ``.../classes`` that of classes present in a set. An evaluation is one step,
+        and nothing is logged of one without a trained row on any rank.
         """
         records, self._cv_records[training] = self._cv_records[training], []
         terms = [term.name for term in self.cv_loss.objective.terms]
         names = [*terms, "nll"]
-        steps = sorted({step for step, _ in records})
+        # A rank may have no batch of an evaluation, and must yet come to the gathering below.
+        steps = sorted({step for step, _ in records}) if training else [self.state.global_step]
         # For each step: the sums of values over rows, and the numbers of rows, sets and classes.
         sums = torch.zeros(len(steps), 4, len(names), dtype=torch.float64)
         for step, result in records:
@@ -74,6 +76,8 @@ class ObjectiveTrainer(Trainer):
             sums[steps.index(step)] += torch.cat([torch.stack([values * rows, rows]), counts])
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device, torch.float32)[None]).sum(0).cpu()
+        if not training and not sums[:, 1].any():
+            return {}
         means = (sums[:, 0] / sums[:, 1].clamp_min(1)).mean(0).tolist()
         _, rows, sets, classes = sums.mean(0).tolist()
         logs = {f"cv_loss/{name}": mean for name, mean in zip(names, means, strict=True)}
@@ -112,17 +116,27 @@ class ObjectiveTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         self.cv_loss.keep_logits = not prediction_loss_only
+        self.cv_loss.first_rows = self._cv_own_rows(inputs)
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self.cv_loss.keep_logits = None
+            self.cv_loss.keep_logits = self.cv_loss.first_rows = None
+
+    def _cv_own_rows(self, inputs: dict[str, Any]) -> int | None:
+        """How many rows of a batch are no repetition; accelerate fills the last batches of the ranks with rows again.
+
+        It has the rows of rank 0 first, and knows how many are not repeated. None: all, or it cannot be told.
+        """
+        state, size, labels = self.accelerator.gradient_state, self.args.eval_batch_size, inputs.get("labels")
+        if not state.end_of_dataloader or state.remainder <= 0 or labels is None or len(labels) != size:
+            return None
+        return max(0, state.remainder - self.args.process_index * size)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._cv_records[False].clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._cv_records[False]:
-            output.metrics.update({f"{prefix}_{k}": v for k, v in self._cv_flush(training=False).items()})
+        output.metrics.update({f"{prefix}_{k}": v for k, v in self._cv_flush(training=False).items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

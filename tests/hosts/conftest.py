@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 GUEST = Path(__file__).parents[1] / "guest"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-WORDS = ["sort", ":", "?", *(f"w{i}" for i in range(90))]
+WORDS = ["sort", ":", "?", *(f"w{i}" for i in range(80)), *"0123456789"]
 
 # Several configs one after the other in one process: Axolotl takes much longer to start than to train a tiny model.
 SEVERAL = """

@@ -15,6 +15,13 @@ MIX = {"cross_entropy": 0.6, "lovasz": 0.4}
 HEADS = ("fused", "logits")
 
 
+def test_an_objective_that_needs_all_logits_says_what_it_costs(make_model, caplog):
+    for head in "auto", "logits":
+        caplog.clear()
+        install(make_model(), Objective.from_config({"lovasz": 1.0, "reference": True, "head": head}))
+        assert ("needs all logits of a batch at once, which takes more memory" in caplog.text) == (head == "auto")
+
+
 def objective(config=MIX, head="auto"):
     terms = [{"loss": name, "weight": weight} for name, weight in config.items()]
     return Objective.from_config({"terms": terms, "head": head})

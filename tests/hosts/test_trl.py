@@ -57,6 +57,7 @@ def data(problems):
             }
             for number in range(2)
         },
+        "numbers": {k: [{n: v.replace("w", "") for n, v in r.items()} for r in rows] for k, rows in problems.items()},
         "text": {k: [{"text": f"{r['prompt']} {r['completion']}"} for r in rows] for k, rows in problems.items()},
         "chat": {k: [conversation(r) for r in rows] for k, rows in problems.items()},
     }
@@ -233,6 +234,26 @@ def test_a_schedule_moves(make_trainer):
     lovasz = {"weight": {"from": 0.0, "to": 0.6, "over": 1.0}}
     training, _ = histories(make_trainer({"cross_entropy": 0.6, "lovasz": lovasz}, logging_steps=1))
     assert [entry["cv_loss/lovasz/weight"] for entry in training] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+NEEDS_MORE = {"number_token_wasserstein": 0.2, "number_token_mse": 0.1, "ldam": 0.3}
+NEEDS_MORE["cross_entropy"] = {"weight": 0.4, "goldfish": {"k": 3, "h": 3}}
+
+
+@pytest.mark.parametrize("way", ["completion only", "packing"])
+def test_losses_that_need_a_tokenizer_or_counts(way, make_trainer):
+    trainer = make_trainer(NEEDS_MORE, kind="numbers", logging_steps=1, **WAYS[way])
+    training, evaluation = histories(trainer)
+    for prefix, entry in [*(("", entry) for entry in training), ("eval_", evaluation)]:
+        terms = {name: entry[f"{prefix}cv_loss/{name}"] for name in NEEDS_MORE}
+        assert all(value > 0 for value in terms.values())
+        tokens = {name: entry[f"{prefix}cv_loss/{name}/tokens"] for name in NEEDS_MORE}
+        assert 0 < tokens["number_token_mse"] < tokens["ldam"]
+        assert 0 < tokens["cross_entropy"] < tokens["ldam"]
+        if not prefix:
+            weights = {**NEEDS_MORE, "cross_entropy": 0.4}
+            assert entry["loss"] == pytest.approx(sum(weights[n] * terms[n] for n in terms), abs=1e-4)
+    assert training[-1]["cv_loss/ldam"] < training[0]["cv_loss/ldam"]
 
 
 def test_no_logits_in_training(make_trainer):
