@@ -27,6 +27,15 @@ DIGITS = Tokenizer("the", "3", "\u01207", "12", "\u25810", "a1", "-4", "1.5", "f
 KNOWN = {"tokenizer": DIGITS, "label_counts": torch.tensor(COUNTS)}
 
 
+# An objective that no batch alone is enough for.
+NEEDS_MORE = {
+    "cross_entropy": {"weight": 0.4, "goldfish": {"k": 3, "h": 3}},
+    "ldam": {"weight": 0.3},
+    "number_token_wasserstein": {"weight": 0.2},
+    "number_token_mse": {"weight": 0.1},
+}
+
+
 @dataclass
 class Batch:
     """A batch as a host makes it. ``documents`` (B, T) says what is what: the document of a token, -1 for padding."""

@@ -49,6 +49,7 @@ def torchrun(processes, script, *arguments, folder, killed=False, **variables):
         check=False,
     )
     assert (done.returncode != 0) == killed, done.stdout[-20000:]
+    assert not killed or "SIGKILL" in done.stdout, done.stdout[-20000:]
     return done.stdout
 
 

@@ -34,9 +34,9 @@ def make_model(dtype=torch.float64, head_unit=False, adapter="full"):
     model.lm_head.weight.data *= 30  # far from uniform predictions
     if head_unit:
         model.lm_head.__class__ = HeadUnit
-    if adapter == "LoRA":
-        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-        model = get_peft_model(model, lora).to(dtype)
+    if adapter != "full":
+        modules = ["q_proj", "v_proj", "down_proj", *(["lm_head"] if adapter == "LoRA with head" else [])]
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=modules, init_lora_weights=False)).to(dtype)
     return model
 
 
@@ -50,7 +50,7 @@ def make_rows(untrained=()):
         ids = torch.randint(3, 12, (length,), generator=generator)
         labels = ids.clone()
         labels[: length if number in untrained else prompt] = -100
-        rows.append({"input_ids": ids, "labels": labels})
+        rows.append({"input_ids": ids, "labels": labels, "importance": 0.5 + number % 3})
     return rows
 
 
@@ -70,7 +70,18 @@ def packed(rows):
     return {**joined, "position_ids": positions[None]}
 
 
+class Digits:
+    """The tokens 0 to 9 are numbers; as much of a tokenizer as the objective asks for."""
+
+    def get_vocab(self):
+        return {str(number): number for number in range(10)}
+
+
 class Gradients(TrainerCallback):
+    """The whole gradient that the optimizer sees."""
+
+    seen = None
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seen = {}
         for name, parameter in model.named_parameters():
@@ -86,7 +97,7 @@ class InOrder(Trainer):
 
 
 def zero(stage):
-    """Of DeepSpeed. With SGD and a rate of 1 the gradient of a step is what the weights lose."""
+    """Arguments for DeepSpeed. With SGD and a rate of 1 the gradient of a step is what the weights lose."""
     sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
     options = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     # Weights as small as these would stay whole from the second micro-batch on.
@@ -104,18 +115,18 @@ def weights(model):
 
 
 def run(case, folder, world):
-    sharding = case["sharding"]
+    sharding, deepspeed = case["sharding"], case["sharding"].startswith("zero")
     layers = ["LlamaDecoderLayer", *(["HeadUnit"] if case["head_unit"] else [])]
     fsdp = {"version": 2, "reshard_after_forward": case["reshard"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     fsdp |= {"transformer_layer_cls_to_wrap": layers, "cpu_ram_efficient_loading": False}
     shardings = {"fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}, "zero2": zero(2), "zero3": zero(3)}
     model = make_model(getattr(torch, case["dtype"]), case["head_unit"], case["adapter"])
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    install(model, Objective.from_config(case["cv_loss"]))
+    install(model, Objective.from_config(case["cv_loss"], tokenizer=Digits()))
     gradients = Gradients()
     arguments = TrainingArguments(
         output_dir=folder,
-        use_cpu=not sharding.startswith("zero"),  # where told to, accelerate passes DeepSpeed by
+        use_cpu=not deepspeed,  # where told to, accelerate passes DeepSpeed by
         bf16=case["bf16"],
         max_steps=1,
         per_device_train_batch_size=ROWS // (world * case["accumulation"]),
@@ -133,17 +144,18 @@ def run(case, folder, world):
         arguments,
         train_dataset=make_rows(case["untrained"]),
         data_collator=packed if case["packed"] else padded,
-        callbacks=[] if sharding.startswith("zero") else [gradients],
+        callbacks=[] if deepspeed else [gradients],
     )
     attach(trainer)
     trainer.train()
     sharded = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
     assert sharded == (sharding == "fsdp2"), "the model is not sharded as the case says"
-    if sharding.startswith("zero"):
+    gradient = gradients.seen
+    if deepspeed:
         after = weights(trainer.model)
-        gradients.seen = {name: before[name] - after[name] for name in before}
+        gradient = {name: before[name] - after[name] for name in before}
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    return {"gradient": gradients.seen, "loss": logged["loss"], "logged": logged}
+    return {"gradient": gradient, "loss": logged["loss"]}
 
 
 def main(cases, output):

@@ -1,14 +1,18 @@
 """The gradient of a step, however it is cut up and sharded, against one big batch in one process, computed plainly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import Batch, naive_loss
 from one_step import ROWS, make_model, make_rows, padded
 
+from axolotl_cvloss.vocabulary import count_labels
+
+WEIGHTS = {"example_weights": "importance"}
 GLOBAL = {"per": "batch", "reduce": "global"}
-# Losses of the families token, row, region, ranking and document, and mixtures of them.
+# Losses of every family, mixtures of them, and what needs more than a batch.
 OBJECTIVES = {
     "cross_entropy": [{"loss": "cross_entropy"}],
     "focal": [{"loss": "focal"}],
@@ -16,6 +20,10 @@ OBJECTIVES = {
     "dice": [{"loss": "dice"}],
     "lovasz": [{"loss": "lovasz"}],
     "topk_cross_entropy": [{"loss": "topk_cross_entropy"}],
+    "number_token_wasserstein": [{"loss": "number_token_wasserstein"}, {"loss": "cross_entropy", "weight": 0.1}],
+    "ldam": [{"loss": "ldam"}],
+    "goldfish": [{"loss": "cross_entropy", "goldfish": {"k": 3, "h": 2}}, {"loss": "dice", "weight": 0.4}],
+    "weighted": [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}],
     "mix": [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}],
     "sequence": [{"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
 }
@@ -36,6 +44,7 @@ LAUNCHES = {
     "DDP, LoRA": {**DDP, "adapter": "LoRA"},
     "FSDP2": FSDP2,
     "FSDP2, LoRA": {**FSDP2, "adapter": "LoRA"},
+    "FSDP2, LoRA with head": {**FSDP2, "adapter": "LoRA with head"},
     "FSDP2, no reshard": {**FSDP2, "reshard": False},
     "FSDP2, head unit": {**FSDP2, "head_unit": True},
     "FSDP2, head unit, no reshard": {**FSDP2, "head_unit": True, "reshard": False},
@@ -44,10 +53,11 @@ LAUNCHES = {
     "ZeRO-2": {**ZERO, "sharding": "zero2"},
     "ZeRO-3": {**ZERO, "sharding": "zero3"},
     "ZeRO-3, LoRA": {**ZERO, "sharding": "zero3", "adapter": "LoRA"},
+    "ZeRO-3, LoRA with head": {**ZERO, "sharding": "zero3", "adapter": "LoRA with head"},
 }
 # Those that `make test` runs too, with these objectives only.
 QUICK = ("DDP", "FSDP2, head unit")
-QUICK_OBJECTIVES = ("mix", "sequence", "global dice")
+QUICK_OBJECTIVES = ("mix", "sequence", "number_token_wasserstein", "weighted", "global dice")
 UNTRAINED = {1: ("none", "rank"), 2: ("none", "micro-batch", "rank"), 4: ("none",)}  # by accumulation
 
 
@@ -70,7 +80,7 @@ def make_cases(launch, objectives=EVERYTHING):
                 cases.append(
                     {
                         "name": name,
-                        "cv_loss": {"terms": EVERYTHING[name]},
+                        "cv_loss": {"terms": EVERYTHING[name], **(WEIGHTS if name == "weighted" else {})},
                         "accumulation": accumulation,
                         "untrained": untrained_rows(which, processes, accumulation),
                         **LAUNCHES[launch],
@@ -87,7 +97,8 @@ def big_batch(case, autocast=False):
     key = case["name"], tuple(case["untrained"]), case["dtype"], case["adapter"], case["packed"], autocast
     if key not in _references:
         model = make_model(getattr(torch, case["dtype"]), adapter=case["adapter"])
-        inputs = padded(make_rows(case["untrained"]))
+        rows = make_rows(case["untrained"])
+        inputs = padded(rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
         documents = torch.arange(ROWS)[:, None].where(inputs["attention_mask"] == 1, -1)
@@ -95,11 +106,28 @@ def big_batch(case, autocast=False):
             documents[case["untrained"]] = -1
         batch = Batch(logits, inputs["labels"], documents, {"input_ids": inputs["input_ids"]})
         terms = [{k: v for k, v in term.items() if k != "reduce"} for term in case["cv_loss"]["terms"]]
-        loss = naive_loss(batch, logits.to(torch.float64), terms)
+        for term in terms:
+            if term["loss"] == "ldam":
+                term["counts"] = count_labels(row["labels"] for row in rows).tolist()
+            elif term["loss"].startswith("number"):
+                term["numbers"] = {number: float(number) for number in range(10)}
+        loss = weighted_loss(batch, logits.to(torch.float64), terms, rows if case["name"] == "weighted" else None)
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         _references[key] = grads, loss.item()
     return _references[key]
+
+
+def weighted_loss(batch, logits, terms, rows):
+    """Each document's own loss, times its weight and its part of all trained tokens."""
+    if rows is None:
+        return naive_loss(batch, logits, terms)
+    total, trained = 0.0, len(batch.rows())
+    for number, row in enumerate(rows):
+        labels = batch.labels.where(batch.documents == number, -100)
+        alone = replace(batch, labels=labels)
+        total = total + row["importance"] * len(alone.rows()) / trained * naive_loss(alone, logits, terms)
+    return total
 
 
 def distance(one, other):
@@ -111,23 +139,22 @@ def distance(one, other):
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("launch", QUICK)
-def test_a_cut_of_the_matrix(launch, steps_of):
-    check(launch, make_cases(launch, QUICK_OBJECTIVES), steps_of)
+def test_a_cut_of_the_matrix(launch, steps_of, record_property):
+    check(launch, make_cases(launch, QUICK_OBJECTIVES), steps_of, record_property)
 
 
 @pytest.mark.hosts
 @pytest.mark.matrix
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_one_step_is_one_big_batch(launch, steps_of, record_property):
-    cases = make_cases(launch)
-    adapter, sharding = LAUNCHES[launch]["adapter"], launch.removesuffix(", LoRA")
+    check(launch, make_cases(launch), steps_of, record_property)
+
+
+def check(launch, cases, steps_of, record_property):
+    adapter = LAUNCHES[launch]["adapter"]
     for packing in ("padded", "packed"):
-        setup = {"host": "transformers Trainer", "sharding": sharding, "packing": packing, "adapter": adapter}
-        record_property("setup", setup)
-    check(launch, cases, steps_of)
-
-
-def check(launch, cases, steps_of):
+        way = {"sharding": launch.removesuffix(f", {adapter}"), "packing": packing, "adapter": adapter}
+        record_property("setup", {"host": "transformers Trainer", **way})
     processes, bf16 = LAUNCHES[launch]["processes"], LAUNCHES[launch]["bf16"]
     wrong = []
     for case, found in zip(cases, steps_of(cases, processes), strict=True):

@@ -78,6 +78,12 @@ def problems():
 
 
 @pytest.fixture(scope="session")
+def numbers(problems):
+    """The same with numbers for words."""
+    return {part: [{k: v.replace("w", "") for k, v in row.items()} for row in rows] for part, rows in problems.items()}
+
+
+@pytest.fixture(scope="session")
 def files(tmp_path_factory, tokenizer, make_model, problems):
     """The folder with the model and the two data files."""
     folder = tmp_path_factory.mktemp("axolotl")

@@ -1,6 +1,7 @@
 """The plugin under the real `axolotl train`, and its refusals under Axolotl's real validation."""
 
 import csv
+import json
 import math
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import NEEDS_MORE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -95,6 +97,22 @@ def test_packed(make_config, train):
     history, output, _ = train(config)
     check_log(history, {"cross_entropy": 0.6, "lovasz": 0.4}, evaluations=[0, 12], learns=0.5)
     assert AutoModelForCausalLM.from_pretrained(output).config.model_type == "llama"
+
+
+@pytest.mark.hosts
+def test_losses_that_need_a_tokenizer_or_counts(make_config, train, numbers, tmp_path):
+    config = make_config(cv_loss=NEEDS_MORE, sample_packing=True, eval_sample_packing=False, attn_implementation="sdpa")
+    for key, part in ("datasets", "train"), ("test_datasets", "test"):
+        path = tmp_path / f"{part}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in numbers[part]))
+        config[key][0]["path"] = str(path)
+    history, _, _ = train(config)
+    weights = {name: fields["weight"] for name, fields in NEEDS_MORE.items()}
+    check_log(history, weights, evaluations=[0, 6, 12], learns=0.1)
+    for entry in history:
+        if "loss" in entry:
+            tokens = {name: entry[f"cv_loss/{name}/tokens"] for name in NEEDS_MORE}
+            assert 0 < tokens["number_token_mse"] < tokens["ldam"] > tokens["cross_entropy"] > 0
 
 
 # The Triton kernels that Axolotl turns on for LoRA need a GPU.

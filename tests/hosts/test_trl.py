@@ -14,6 +14,7 @@ pytest.importorskip("trl")
 import trl
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
+from helpers import NEEDS_MORE
 from peft import LoraConfig, PromptTuningConfig
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -40,7 +41,7 @@ def chat_tokenizer(tokenizer, monkeypatch):
 
 
 @pytest.fixture
-def data(problems):
+def data(problems, numbers):
     def conversation(row):
         return {
             "messages": [
@@ -57,7 +58,7 @@ def data(problems):
             }
             for number in range(2)
         },
-        "numbers": {k: [{n: v.replace("w", "") for n, v in r.items()} for r in rows] for k, rows in problems.items()},
+        "numbers": numbers,
         "text": {k: [{"text": f"{r['prompt']} {r['completion']}"} for r in rows] for k, rows in problems.items()},
         "chat": {k: [conversation(r) for r in rows] for k, rows in problems.items()},
     }
@@ -236,10 +237,6 @@ def test_a_schedule_moves(make_trainer):
     assert [entry["cv_loss/lovasz/weight"] for entry in training] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
-NEEDS_MORE = {"number_token_wasserstein": 0.2, "number_token_mse": 0.1, "ldam": 0.3}
-NEEDS_MORE["cross_entropy"] = {"weight": 0.4, "goldfish": {"k": 3, "h": 3}}
-
-
 @pytest.mark.parametrize("way", ["completion only", "packing"])
 def test_losses_that_need_a_tokenizer_or_counts(way, make_trainer):
     trainer = make_trainer(NEEDS_MORE, kind="numbers", logging_steps=1, **WAYS[way])
@@ -251,8 +248,7 @@ def test_losses_that_need_a_tokenizer_or_counts(way, make_trainer):
         assert 0 < tokens["number_token_mse"] < tokens["ldam"]
         assert 0 < tokens["cross_entropy"] < tokens["ldam"]
         if not prefix:
-            weights = {**NEEDS_MORE, "cross_entropy": 0.4}
-            assert entry["loss"] == pytest.approx(sum(weights[n] * terms[n] for n in terms), abs=1e-4)
+            assert entry["loss"] == pytest.approx(sum(NEEDS_MORE[n]["weight"] * terms[n] for n in terms), abs=1e-4)
     assert training[-1]["cv_loss/ldam"] < training[0]["cv_loss/ldam"]
 
 
