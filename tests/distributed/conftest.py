@@ -45,7 +45,7 @@ def torchrun(processes, script, *arguments, folder, killed=False, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert (done.returncode != 0) == killed, done.stdout[-20000:]
