@@ -29,8 +29,12 @@ class ObjectiveTrainer(Trainer):
     _cv_used: bool
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them."""
-        if not batch_samples or "labels" not in batch_samples[0]:
+        """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.
+
+        In an evaluation every batch has a mean of its own, as the last batches of the ranks may hold rows again.
+        """
+        evaluating = self.cv_loss.keep_logits is not None
+        if evaluating or not batch_samples or "labels" not in batch_samples[0]:
             return None
         objective = self.cv_loss.objective
         totals = torch.zeros(len(objective.scopes), dtype=torch.long, device=device)
