@@ -27,6 +27,9 @@ DIGITS = Tokenizer("the", "3", "\u01207", "12", "\u25810", "a1", "-4", "1.5", "f
 KNOWN = {"tokenizer": DIGITS, "label_counts": torch.tensor(COUNTS)}
 
 
+# The losses of tests/guest.
+GUEST_MIX = {"huberised": {"weight": 0.6, "tau": 5.0}, "fowlkes_mallows": 0.4}
+
 # An objective that no batch alone is enough for.
 NEEDS_MORE = {
     "cross_entropy": {"weight": 0.4, "goldfish": {"k": 3, "h": 3}},

@@ -248,6 +248,18 @@ def test_wrong_shapes_and_reference_are_refused():
         Objective.from_config({"lovasz": 1, "reference": True}).from_hidden(hidden, weight, **batch())
 
 
+@pytest.mark.parametrize("most", [1, 3, 341, 5000])
+@pytest.mark.parametrize("n", [0, 1, 4, 341, 2048])
+def test_chunks_are_few_and_even(n, most):
+    parts = [list(range(n))[chunk] for chunk in compute.chunks_of(n, most)]
+    assert [i for part in parts for i in part] == list(range(n))
+    assert len(parts) <= -(-n // most)
+    sizes = {len(part) for part in parts}
+    assert max(sizes, default=0) <= most
+    assert len({len(part) for part in parts[:-1]}) <= 1
+    assert max(sizes, default=0) - min(sizes, default=0) < max(1, len(parts))
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_called_head_whose_last_chunk_has_no_row_of_a_ranking_term(softcap, chunk):
     """Looking at the columns of other chunks must not disturb the last one, which is still at hand."""

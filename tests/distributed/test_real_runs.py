@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
+from helpers import GUEST_MIX
 
 needs_axolotl = pytest.mark.skipif(find_spec("axolotl") is None, reason="Axolotl is not installed")
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
 STEPS = 6
 OBJECTIVE = {
     "terms": [
@@ -41,19 +42,39 @@ print("generated", model.generate(prompt, max_new_tokens=4, do_sample=False).sha
 """
 
 
-class AxolotlRuns:
+class Runs:
+    """Runs of a host: a script for torchrun, and the file of a setup that it is started on."""
+
+    host: str
+    script: str
+
+    def __init__(self, make_config, files, folder):
+        self.make_config, self.data, self.folder = make_config, files, folder
+
+    def output(self, setup):
+        return Path(setup.get("arguments", setup)["output_dir"])
+
+    def file(self, setup):
+        path = self.folder / f"{self.output(setup).name}.yaml"
+        path.write_text(json.dumps(setup))  # which is YAML too
+        return path
+
+    def history(self, setup, key="loss"):
+        """What was logged in each step, or in each evaluation, from the last checkpoint."""
+        state = json.loads((self.output(setup) / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+        return [entry for entry in state["log_history"] if key in entry]
+
+
+class AxolotlRuns(Runs):
     """`axolotl train` on YAML files."""
 
     host = "axolotl train"
     script = "train_axolotl.py"
 
-    def __init__(self, make_config, folder):
-        self.make_config, self.folder = make_config, folder
-
     def setup(self, name, packing, adapter, processes, resume=None):
         keys = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 3, "save_only_model": False, "cv_loss": OBJECTIVE}
         keys["plugins"] = ["axolotl_cvloss.CVLossPlugin", "crash_plugin.CrashPlugin"]
-        keys |= {"micro_batch_size": 2, "gradient_accumulation_steps": 2 // processes}
+        keys |= {"micro_batch_size": 2, "gradient_accumulation_steps": 2 // processes, "eval_batch_size": 5}
         if processes > 1:
             fsdp = {**LAYERS, "state_dict_type": CHECKPOINTS[adapter], "reshard_after_forward": True}
             keys |= {"fsdp_version": 2, "fsdp_config": {**fsdp, "final_state_dict_type": "FULL_STATE_DICT"}}
@@ -64,61 +85,58 @@ class AxolotlRuns:
             keys |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}  # they need a GPU
         return self.make_config(name, resume_from_checkpoint=resume, **keys)
 
-    def file(self, setup):
-        path = self.folder / f"{self.output(setup).name}.yaml"
-        path.write_text(yaml.safe_dump(setup))
-        return path
 
-    @staticmethod
-    def output(setup):
-        return Path(setup["output_dir"])
+class ScriptRuns(Runs):
+    """A script of TrainingArguments."""
+
+    def setup(self, name, packing, adapter, processes, resume=None, **more):
+        arguments = {"output_dir": str(self.folder / name), "max_steps": STEPS, "save_steps": 3, "learning_rate": 1e-2}
+        arguments |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // processes}
+        # 12 rows. Of packed ones a batch has one, as one line has all documents of a batch.
+        arguments |= {"eval_strategy": "steps", "eval_steps": 3}
+        arguments["per_device_eval_batch_size"] = 1 if packing == "packed" else 5
+        if processes > 1:
+            fsdp = {"version": 2, "reshard_after_forward": True, "state_dict_type": CHECKPOINTS[adapter], **LAYERS}
+            arguments |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {**fsdp, "cpu_ram_efficient_loading": False}}
+        setup = {"arguments": {**arguments, **more}, "adapter": adapter, "packing": packing, "resume": resume}
+        setup |= {"model": str(self.data / "model"), "cv_loss": OBJECTIVE}
+        return {**setup, "data": {part: str(self.data / f"{part}.jsonl") for part in ("train", "test")}}
 
 
-class TRLRuns:
+class TRLRuns(ScriptRuns):
     """`CVLossSFTTrainer` in a script."""
 
     host = "SFTTrainer"
     script = "train_trl.py"
 
-    def __init__(self, files, folder):
-        self.data, self.folder = files, folder
-
-    def setup(self, name, packing, adapter, processes, resume=None):
-        arguments = {"output_dir": str(self.folder / name), "max_steps": STEPS, "save_steps": 3, "cv_loss": OBJECTIVE}
-        arguments |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // processes}
-        arguments["learning_rate"] = 1e-2
-        if processes > 1:
-            fsdp = {"version": 2, "reshard_after_forward": True, "state_dict_type": CHECKPOINTS[adapter], **LAYERS}
-            arguments |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {**fsdp, "cpu_ram_efficient_loading": False}}
-        if packing == "packed":
-            arguments |= {"packing": True, "max_length": 24}  # so that an epoch is longer than the run
-        data = {"model": str(self.data / "model"), "data": str(self.data / "train.jsonl")}
-        return {**data, "arguments": arguments, "adapter": adapter, "resume": resume}
-
-    def file(self, setup):
-        path = self.folder / f"{self.output(setup).name}.json"
-        path.write_text(json.dumps(setup))
-        return path
-
-    @staticmethod
-    def output(setup):
-        return Path(setup["arguments"]["output_dir"])
+    def setup(self, name, packing, *way, **named):
+        packed = {"packing": True, "max_length": 24} if packing == "packed" else {}  # an epoch is longer than the run
+        return super().setup(name, packing, *way, **named, **packed)
 
 
-@pytest.fixture(params=[pytest.param(AxolotlRuns, marks=needs_axolotl), TRLRuns], ids=["Axolotl", "TRL"])
+class TrainerRuns(ScriptRuns):
+    """transformers' own Trainer in a script."""
+
+    host = "transformers Trainer"
+    script = "train_trainer.py"
+
+
+HOSTS = {
+    "Axolotl": pytest.param(AxolotlRuns, marks=needs_axolotl),
+    "TRL": pytest.param(TRLRuns, marks=needs_trl),
+    "Trainer": TrainerRuns,
+}
+
+
+@pytest.fixture
 def runs(request, make_config, files, tmp_path):
-    return request.param(make_config if request.param is AxolotlRuns else files, tmp_path)
+    return request.param(make_config, files, tmp_path)
 
 
-def history(runs, setup):
-    """What was logged in each step, from the last checkpoint."""
-    state = json.loads((runs.output(setup) / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    return [entry for entry in state["log_history"] if "loss" in entry]
-
-
-def same(found, expected, tolerance):
-    names = ["step", "loss", "grad_norm", "cv_loss/cross_entropy", "cv_loss/lovasz", "cv_loss/lovasz/weight"]
-    names += ["cv_loss/lovasz/sets", "cv_loss/lovasz/classes"]
+def same(found, expected, tolerance, prefix=""):
+    terms = [f"cv_loss/{name}" for name in ("cross_entropy", "lovasz", "nll", "lovasz/sets", "lovasz/classes")]
+    names = ["loss", *terms] if prefix else ["loss", *terms, "grad_norm", "cv_loss/lovasz/weight"]
+    names = ["step", *(prefix + name for name in names)]
     for one, other in zip(found, expected, strict=True):
         values = {name: other[name] for name in names}
         assert {name: one[name] for name in names} == pytest.approx(values, rel=tolerance, abs=1e-6)
@@ -128,6 +146,7 @@ def same(found, expected, tolerance):
 @pytest.mark.matrix
 @pytest.mark.parametrize("packing", ["padded", "packed"])
 @pytest.mark.parametrize("adapter", ["full", "LoRA"])
+@pytest.mark.parametrize("runs", HOSTS.values(), ids=HOSTS, indirect=True)
 def test_two_processes(runs, packing, adapter, start_processes, record_property):
     way = {"packing": packing, "adapter": adapter}
     for sharding in "1 process", "FSDP2":
@@ -144,37 +163,63 @@ def test_two_processes(runs, packing, adapter, start_processes, record_property)
     for processes, setup in (2, resumed), (2, whole), (1, alone):
         start_processes(processes, runs.script, runs.file(setup))
 
-    expected = history(runs, whole)
+    expected, evaluated = runs.history(whole), runs.history(whole, "eval_loss")
     assert [entry["step"] for entry in expected] == list(range(1, STEPS + 1))
     for entry in expected:
         weight = entry["cv_loss/lovasz/weight"]
         mix = 0.6 * entry["cv_loss/cross_entropy"] + weight * entry["cv_loss/lovasz"]
         assert entry["loss"] == pytest.approx(mix, abs=1e-4)
-    same(history(runs, resumed), expected, tolerance=1e-5)
-    if not (
-        runs.host == "axolotl train" and packing == "packed"
-    ):  # it packs other documents together for two processes
-        same(history(runs, alone), expected, tolerance=1e-3)
+    same(runs.history(resumed), expected, tolerance=1e-5)
+    # Axolotl packs other documents together for two processes.
+    if runs.host != "axolotl train" or packing != "packed":
+        same(runs.history(alone), expected, tolerance=1e-3)
+        # No rows that fill the last batches are counted.
+        same(runs.history(alone, "eval_loss"), evaluated, tolerance=1e-3, prefix="eval_")
 
     command = [sys.executable, "-c", GENERATE, str(runs.output(whole)), adapter]
-    environment = {
-        **os.environ,
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-    }  # through which the plugin guards the YAML of Axolotl
+    # Through the backends of torch the plugin guards the YAML of Axolotl.
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.split()[-2:-1] == ["generated"], done.stderr[-3000:]
 
 
+@needs_trl
+@pytest.mark.hosts
+@pytest.mark.matrix
+@pytest.mark.parametrize("runs", [TRLRuns], ids=["TRL"], indirect=True)
+def test_the_metrics_of_sfttrainer(runs, start_processes):
+    """Entropy, token accuracy and tokens are those that SFTTrainer itself finds in two processes."""
+    found = []
+    for name in "ours", "theirs":
+        setup = runs.setup(name, "padded", "full", processes=2, per_device_eval_batch_size=3)
+        setup["cv_loss"] = "cross_entropy" if name == "ours" else None
+        start_processes(2, runs.script, runs.file(setup))
+        found.append(setup)
+    names = ["loss", "entropy", "mean_token_accuracy", "num_tokens"]
+    for key, names_of in ("loss", [*names, "grad_norm"]), ("eval_loss", [f"eval_{name}" for name in names]):
+        for ours, theirs in zip(*(runs.history(setup, key) for setup in found), strict=True):
+            values = {name: theirs[name] for name in names_of if name != "eval_loss"}
+            assert {name: ours[name] for name in values} == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("runs", [TrainerRuns], ids=["Trainer"], indirect=True)
+def test_nan_on_another_rank(runs, start_processes):
+    setup = runs.setup("nan", "padded", "full", processes=2, max_steps=1, eval_strategy="no")
+    printed = start_processes(2, runs.script, runs.file(setup), NAN_ON_RANK="1")
+    (line,) = [line for line in printed.splitlines() if "became NaN" in line]
+    assert "cross_entropy, lovasz, nll became NaN or infinite in step 1 on rank 1." in line
+
+
 @needs_axolotl
 @pytest.mark.hosts
-def test_a_strangers_losses(guest, make_config, start_processes, tmp_path):
+@pytest.mark.parametrize("runs", [AxolotlRuns], ids=["Axolotl"], indirect=True)
+def test_a_strangers_losses(runs, guest, start_processes):
     """Those of tests/guest under Axolotl, fused and packed, in two processes."""
-    runs = AxolotlRuns(make_config, tmp_path)
-    mix = {"huberised": {"weight": 0.6, "tau": 5.0}, "fowlkes_mallows": 0.4}
-    config = {**runs.setup("guest", "packed", "full", processes=2), "cv_loss": {**mix, "head": "fused"}}
+    config = {**runs.setup("guest", "packed", "full", processes=2), "cv_loss": {**GUEST_MIX, "head": "fused"}}
     printed = start_processes(2, runs.script, runs.file(config), PYTHONPATH=guest)
     assert "0.6 huberised" in printed
-    logged = history(runs, config)
+    logged = runs.history(config)
     for entry in logged:
         mixed = 0.6 * entry["cv_loss/huberised"] + 0.4 * entry["cv_loss/fowlkes_mallows"]
         assert entry["loss"] == pytest.approx(mixed, abs=1e-4)

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-
-MIX = {"huberised": {"weight": 0.6, "tau": 5.0}, "fowlkes_mallows": 0.4}
+from helpers import GUEST_MIX
 
 # The formulas again, by the definition, on tensors.
 VALUES = """
@@ -52,7 +51,7 @@ if trainer.is_world_process_zero():
 
 
 def program(path, text):
-    path.write_text(f"MIX = {MIX!r}\n{text}")
+    path.write_text(f"MIX = {GUEST_MIX!r}\n{text}")
     return path
 
 
@@ -68,7 +67,7 @@ def test_values(guest, run_program, tmp_path):
 def test_axolotl(packed, guest, make_config, train):
     pytest.importorskip("axolotl")
     keys = {"sample_packing": True, "eval_sample_packing": False, "attn_implementation": "sdpa"} if packed else {}
-    config = make_config("packed" if packed else "padded", cv_loss={**MIX, "head": "fused"}, **keys)
+    config = make_config("packed" if packed else "padded", cv_loss={**GUEST_MIX, "head": "fused"}, **keys)
     history, _, printed = train(config, PYTHONPATH=guest)
     assert "0.6 huberised" in printed
     logged = [entry for entry in history if "loss" in entry]

@@ -15,6 +15,38 @@ MIX = {"cross_entropy": 0.6, "lovasz": 0.4}
 HEADS = ("fused", "logits")
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_after_the_first_count_as_padding(masked, head, make_model, batch):
+    """Such as accelerate repeats to fill the last batch of an evaluation."""
+    if not masked:
+        batch.pop("attention_mask")
+    terms = [{"loss": "cross_entropy", "scope": "sequence"}, {"loss": "lovasz"}]
+    model = install(make_model(), Objective.from_config({"terms": terms, "head": head})).train()
+    seen = []
+    installed = installation(model)
+    installed.listeners.append(seen.append)
+    model(**{name: value[:1] for name, value in batch.items()})
+    installed.first_rows = 1
+    model(**batch)
+    installed.first_rows = 0
+    model(**batch)
+    alone, first, none = seen
+    torch.testing.assert_close(first.loss, alone.loss)
+    assert first.counts == alone.counts
+    assert first.counts["cross_entropy"] == 11
+    assert not any(none.counts.values())
+
+
+def test_nan_in_the_first_batch_says_nothing_against_the_head(make_model, batch, caplog):
+    """One rank that went back to full logits would leave the others waiting under FSDP."""
+    model = install(make_model(), objective()).train()
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    assert model(**batch).loss.isnan()
+    assert installation(model)._fusable is True
+    assert not caplog.records
+
+
 def test_an_objective_that_needs_all_logits_says_what_it_costs(make_model, caplog):
     for head in "auto", "logits":
         caplog.clear()
