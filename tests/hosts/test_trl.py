@@ -407,8 +407,9 @@ def logged(folder):
 
 
 @pytest.mark.hosts
-def test_the_example_config(conversations, run_program, tmp_path):
-    """The real command; arguments go over what the file says."""
+@pytest.mark.parametrize(("processes", "more"), [(1, []), pytest.param(2, ["--multi_gpu"], marks=pytest.mark.slow)])
+def test_the_example_config(processes, more, conversations, run_program, tmp_path):
+    """The real command; arguments go over what the file says. --multi_gpu has accelerate start several processes."""
     model, data = conversations
     arguments = {
         "model_name_or_path": model,
@@ -420,12 +421,12 @@ def test_the_example_config(conversations, run_program, tmp_path):
         "save_steps": 4,
         "use_cpu": True,
         "bf16": False,
-        "num_processes": 1,  # for accelerate
+        "num_processes": processes,  # for accelerate
     }
     command = [COMMAND, "--config", EXAMPLES / "trl_sft.yaml"]
     for name, value in arguments.items():
         command += [f"--{name}", value]
-    result = run_program(*command)
+    result = run_program(*command, *more, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout[-5000:]
     training, (evaluation,) = logged(tmp_path / "run")
     assert [entry["step"] for entry in training] == [2, 4]
@@ -433,6 +434,7 @@ def test_the_example_config(conversations, run_program, tmp_path):
         assert {f"{prefix}cv_loss/{name}" for name in ("cross_entropy", "lovasz", "nll")} <= entry.keys()
         assert {f"{prefix}{name}" for name in ("entropy", "mean_token_accuracy", "num_tokens")} <= entry.keys()
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert len(list(tmp_path.glob("run/checkpoint-4/rng_state*.pth"))) == processes
 
 
 @pytest.fixture
