@@ -33,8 +33,8 @@ class Installation:
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
     terms whose rows are not the ones that ``num_items_in_batch`` counts. ``keep_logits`` says whether the outputs
-    must have logits; None: in evaluation, but not in training, unless the objective needs them anyway. Of a batch
-    the ``first_rows`` count; None: all.
+    must have logits; None: in evaluation, but not in training, unless the objective needs them anyway. Only the
+    ``first_rows`` of a batch count, the others are taken for padding; None: all count.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -192,10 +192,11 @@ class Installation:
             return self._refuse(f"its forward calls the head {len(results)} times")
         if probe:
             seen = outputs.logits.detach().float()
-            same = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)  # NaN says nothing against the head
+            same = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)  # NaN says nothing
             if seen.shape != expected[0].shape or not same(seen, expected[0]):
                 return self._refuse("its logits are not those of its head, scaled and capped as its config says")
-            self._fusable = True
+            if seen.isfinite().any():  # or the next batch is looked at too
+                self._fusable = True
         (result,) = results
         if outputs.logits.requires_grad:  # see ``partitioned``
             result = replace(result, loss=result.loss + outputs.logits.flatten()[:0].sum())

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
@@ -27,14 +28,14 @@ class ObjectiveTrainer(Trainer):
     _cv_records: dict[bool, list[tuple[int, ObjectiveResult]]]
     _cv_reported: bool
     _cv_used: bool
+    _cv_evaluating: bool
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.
 
-        In an evaluation every batch has a mean of its own, as the last batches of the ranks may hold rows again.
+        In an evaluation each batch has a mean of its own: its last batches may be filled with rows that count already.
         """
-        evaluating = self.cv_loss.keep_logits is not None
-        if evaluating or not batch_samples or "labels" not in batch_samples[0]:
+        if self._cv_evaluating or not batch_samples or "labels" not in batch_samples[0]:
             return None
         objective = self.cv_loss.objective
         totals = torch.zeros(len(objective.scopes), dtype=torch.long, device=device)
@@ -60,14 +61,14 @@ class ObjectiveTrainer(Trainer):
         """What is logged of the batches since the last call, on all ranks, by name.
 
         ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
-        ``loss`` is; so ``loss`` is the weighted sum of the terms. ``cv_loss/TERM/tokens`` is the number of rows of a
+        ``loss`` is; so in training ``loss`` is the weighted sum of the terms (``eval_loss`` is a mean over examples of
+        the means of their batches). ``cv_loss/TERM/tokens`` is the number of rows of a
         step, ``.../sets`` that of sets, ``.../classes`` that of classes present in a set. An evaluation is one step,
         and nothing is logged of one without a trained row on any rank.
         """
         records, self._cv_records[training] = self._cv_records[training], []
         terms = [term.name for term in self.cv_loss.objective.terms]
         names = [*terms, "nll"]
-        # A rank may have no batch of an evaluation, and must yet come to the gathering below.
         steps = sorted({step for step, _ in records}) if training else [self.state.global_step]
         # For each step: the sums of values over rows, and the numbers of rows, sets and classes.
         sums = torch.zeros(len(steps), 4, len(names), dtype=torch.float64)
@@ -119,22 +120,32 @@ class ObjectiveTrainer(Trainer):
             )
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        self._cv_evaluating = True
         self.cv_loss.keep_logits = not prediction_loss_only
         self.cv_loss.first_rows = self._cv_own_rows(inputs)
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
+            self._cv_evaluating = False
             self.cv_loss.keep_logits = self.cv_loss.first_rows = None
 
     def _cv_own_rows(self, inputs: dict[str, Any]) -> int | None:
-        """How many rows of a batch are no repetition; accelerate fills the last batches of the ranks with rows again.
+        """How many rows of a batch are no repetition; accelerate fills the last batches of several ranks up.
 
-        It has the rows of rank 0 first, and knows how many are not repeated. None: all, or it cannot be told.
+        It has the rows of rank 0 first, and knows how many of all are not repeated. None: all, or it cannot be told, as
+        where a batch is one line of packed documents, or the dataset has no length.
         """
-        state, size, labels = self.accelerator.gradient_state, self.args.eval_batch_size, inputs.get("labels")
-        if not state.end_of_dataloader or state.remainder <= 0 or labels is None or len(labels) != size:
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        if self.args.world_size == 1 or labels is None or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        return max(0, state.remainder - self.args.process_index * size)
+        loader = state.active_dataloader
+        sampler = loader.batch_sampler
+        if loader is not self.callback_handler.eval_dataloader or not getattr(sampler, "even_batches", True):
+            return None
+        cut = isinstance(loader, DataLoaderDispatcher) or getattr(sampler, "split_batches", False)
+        if not cut and len(labels) != self.args.eval_batch_size:
+            return None
+        return max(0, state.remainder - self.args.process_index * len(labels))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._cv_records[False].clear()
@@ -209,7 +220,7 @@ def attach(trainer: Trainer) -> None:
     trainer.cv_loss = installed
     trainer._cv_records = {True: [], False: []}
     trainer._cv_reported = False
-    trainer._cv_used = False
+    trainer._cv_used = trainer._cv_evaluating = False
     installed.listeners = [trainer._cv_record]
     # Without these two the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True

@@ -114,8 +114,8 @@ def found():
 @pytest.mark.parametrize(("name", "cut", "counted", "accumulation"), CASES)
 def test_two_processes_give_what_one_gives(found, name, cut, counted, accumulation, source):
     loss, sets, *grads = found[name, cut, counted, accumulation, source]
-    whole, _, *expected = gradients(name, MICRO_BATCHES[accumulation], trained_rows(), source)
+    whole, sets_of_one, *expected = gradients(name, MICRO_BATCHES[accumulation], trained_rows(), source)
     for grad, right in zip(grads, expected, strict=True):
         torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), right, rtol=1e-9, atol=1e-12)
     assert loss == pytest.approx(whole.item(), rel=1e-12)
-    assert sets == [accumulation if counted else 0.5] * len(sets)
+    assert sets == [accumulation if counted else 0.5] * len(sets_of_one)

@@ -110,8 +110,10 @@ class TRLRuns(ScriptRuns):
     script = "train_trl.py"
 
     def setup(self, name, packing, *way, **named):
-        packed = {"packing": True, "max_length": 24} if packing == "packed" else {}  # an epoch is longer than the run
-        return super().setup(name, packing, *way, **named, **packed)
+        setup = super().setup(name, packing, *way, **named)
+        if packing == "packed":
+            setup["arguments"] |= {"packing": True, "max_length": 24}  # so that an epoch is longer than the run
+        return setup
 
 
 class TrainerRuns(ScriptRuns):

@@ -39,14 +39,16 @@ for i in range(16):
     data.append({"input_ids": ids, "labels": labels})
 model = AutoModelForCausalLM.from_pretrained(model_path)
 install(model, Objective.from_config(MIX))
-arguments = TrainingArguments(output_dir=output, per_device_train_batch_size=batch, max_steps=4, logging_steps=1,
-    learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], save_strategy="no", use_cpu=True, seed=0)
-trainer = Trainer(model, arguments, train_dataset=data)
+arguments = TrainingArguments(output_dir=output, per_device_train_batch_size=batch,
+    per_device_eval_batch_size=2, max_steps=4, logging_steps=1, learning_rate=1e-2,
+    lr_scheduler_type="constant", report_to=[], save_strategy="no", use_cpu=True, seed=0)
+trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:7])
 attach(trainer)
 trainer.train()
+evaluated = trainer.evaluate()
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    json.dump([arguments.world_size, history], open(output + ".json", "w"))
+    json.dump([arguments.world_size, history, evaluated], open(output + ".json", "w"))
 """
 
 
@@ -81,18 +83,22 @@ def test_axolotl(packed, guest, make_config, train):
 def test_two_processes(guest, run_program, files, tmp_path):
     """Two processes of two rows train as one of four does."""
     script = program(tmp_path / "trainer.py", TRAINER)
-    found = {}
+    found, evaluated = {}, {}
     for count in 1, 2:
         output = tmp_path / f"processes{count}"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
         command = [*launcher, script, files / "model", 4 // count, output]
         result = run_program(*command, PYTHONPATH=guest, CUDA_VISIBLE_DEVICES="")
         assert result.returncode == 0, result.stdout[-5000:]
-        size, found[count] = json.loads(output.with_suffix(".json").read_text())
+        size, found[count], evaluated[count] = json.loads(output.with_suffix(".json").read_text())
         assert size == count
     for one, two in zip(found[1], found[2], strict=True):
         for name in "cv_loss/huberised", "cv_loss/fowlkes_mallows", "grad_norm":
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    # Of 7 rows the second process is given one again.
+    for name in "loss", "cv_loss/huberised", "cv_loss/fowlkes_mallows", "cv_loss/fowlkes_mallows/tokens":
+        one, two = (evaluated[count][f"eval_{name}"] for count in (1, 2))
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.hosts
