@@ -64,6 +64,11 @@ def test_the_table_of_speed_is_what_was_measured(tool):
     assert text == tool.speed(text), "run python tools/docs.py"
 
 
+def test_the_table_of_the_paper_s_experiment_is_that_of_its_runs(tool):
+    text = README.read_text(encoding="utf-8")
+    assert text == tool.paper(text), "run python tools/docs.py"
+
+
 def test_the_table_of_what_was_tested_is_that_of_the_results():
     compatibility, text = load("compatibility"), README.read_text(encoding="utf-8")
     environments = compatibility.environments()

@@ -5,6 +5,7 @@ They come from the docstrings and from the committed results of the benchmarks. 
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from axolotl_cvloss import available_losses
@@ -19,6 +20,8 @@ PICTURE = REPOSITORY / "docs" / "curves.png"
 START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses -->"
 SPEED_START, SPEED_END = "<!-- Speed: written by tools/docs.py -->", "<!-- end of speed -->"
 SPEED = REPOSITORY / "benchmarks" / "results" / "loss_cost_cpu.json"
+PAPER_START, PAPER_END = "<!-- Paper: written by tools/docs.py -->", "<!-- end of paper -->"
+PAPER = REPOSITORY / "benchmarks" / "paper"
 SPEED_CASES = (
     "F.linear_cross_entropy, chunked",
     "floor: 3 matrix products",
@@ -77,6 +80,16 @@ def speed(text: str) -> str:
         f"{settings['dtype']}; median of {rounds} rounds, each case in a process of its own."
     )
     return f"{before}{SPEED_START}\n{table(rows)}\n\n{about}\n{SPEED_END}{after}"
+
+
+def paper(text: str) -> str:
+    """The README with the results of the paper's experiment."""
+    before, after = text.split(PAPER_START)[0], text.split(PAPER_END)[1]
+    sys.path.append(str(PAPER))
+    import summary
+
+    found = summary.markdown(summary.read(PAPER / "results" / "runs.jsonl"), formulas=False)
+    return f"{before}{PAPER_START}\n{found}{PAPER_END}{after}"
 
 
 def page(family: str, losses: list[Loss]) -> str:
@@ -141,5 +154,5 @@ if __name__ == "__main__":
         path.unlink()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    README.write_text(speed(readme(README.read_text(encoding="utf-8"))), encoding="utf-8")
+    README.write_text(paper(speed(readme(README.read_text(encoding="utf-8")))), encoding="utf-8")
     save(curves(), PICTURE)

@@ -193,7 +193,8 @@ def _gain(value: float | None) -> str:
     return "not defined" if value is None else f"{100 * value:+.0f}%"
 
 
-def markdown(lines: Sequence[Line]) -> str:
+def markdown(lines: Sequence[Line], formulas: bool = True) -> str:
+    """The tables; without those of the formula metrics where they are not wanted."""
     found = settings(lines)
     if not found:
         return "No finished runs yet.\n"
@@ -217,7 +218,7 @@ def markdown(lines: Sequence[Line]) -> str:
         ]
         header = ["loss", "lr", "seeds", "validation", "exact match", "minus cross_entropy", "p", "NLL"]
         text += [*_table(header, _main_rows(setting)), ""]
-        if rows := _formula_rows(setting):
+        if formulas and (rows := _formula_rows(setting)):
             text += [*_table(["formulas, %", *(name.replace("_", " ") for name in FORMULAS)], rows), ""]
     text += _headline(found)
     return "\n".join(text)
