@@ -281,11 +281,13 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 axis.axvline(mean, color="C0", lw=0.8, ls="--")
         if setting.untrained:
             axis.axvline(100 * setting.untrained["exact_match"], color="C1", lw=0.8, ls=":", label="untrained")
-            axis.legend(loc="lower right", fontsize="small")
         axis.set(yticks=range(len(setting.losses)), yticklabels=setting.losses, xlabel="exact match, %")
         axis.set_title(f"{setting.about['dataset']}, {setting.about['model']}", fontsize="medium")
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
