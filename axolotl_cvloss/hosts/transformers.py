@@ -62,9 +62,9 @@ class ObjectiveTrainer(Trainer):
 
         ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
         ``loss`` is; so in training ``loss`` is the weighted sum of the terms (``eval_loss`` is a mean over examples of
-        the means of their batches). ``cv_loss/TERM/tokens`` is the number of rows of a
-        step, ``.../sets`` that of sets, ``.../classes`` that of classes present in a set. An evaluation is one step,
-        and nothing is logged of one without a trained row on any rank.
+        the means of their batches). ``cv_loss/TERM/tokens`` is the number of rows of a step, ``.../sets`` that of sets,
+        ``.../classes`` that of classes present in a set. An evaluation is one step, and nothing is logged of one
+        without a trained row on any rank.
         """
         records, self._cv_records[training] = self._cv_records[training], []
         terms = [term.name for term in self.cv_loss.objective.terms]

@@ -11,6 +11,7 @@ from one_step import ROWS, make_model, make_rows, padded
 from axolotl_cvloss.vocabulary import count_labels
 
 WEIGHTS = {"example_weights": "importance"}
+MIX = [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}]
 GLOBAL = {"per": "batch", "reduce": "global"}
 # Losses of every family, mixtures of them, and what needs more than a batch.
 OBJECTIVES = {
@@ -23,8 +24,8 @@ OBJECTIVES = {
     "number_token_wasserstein": [{"loss": "number_token_wasserstein"}, {"loss": "cross_entropy", "weight": 0.1}],
     "ldam": [{"loss": "ldam"}],
     "goldfish": [{"loss": "cross_entropy", "goldfish": {"k": 3, "h": 2}}, {"loss": "dice", "weight": 0.4}],
-    "weighted": [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}],
-    "mix": [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}],
+    "mix": MIX,
+    "weighted": MIX,
     "sequence": [{"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
 }
 # Their sets are those of one micro-batch of all processes, so they come without accumulation.
