@@ -130,17 +130,23 @@ def make_plan(**changes):
     return dataclasses.replace(plans.PLANS["full"], **{"steps": 0, "batch": 2, **changes})
 
 
-def test_the_rate_is_chosen_by_exact_match_then_nll():
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [(1000, 1e-2), (20, 1e-4)],
+    ids=["exact match tells", "exact match does not tell: the lowest NLL"],
+)
+def test_the_rate_is_chosen_by_exact_match_unless_it_is_noise(rows, chosen):
     import plans
 
     plan = make_plan(rates=(1e-4, 1e-3, 1e-2), losses=("lovasz",))
     runs = plans.sweep(plan, "gsm8k")
     assert {run.seed for run in runs} == {0}
-    found = [(0.1, 2.0), (0.2, 3.0), (0.2, 2.5)]
+    found = [(0.1, 2.0), (0.2, 3.0), (0.19, 2.5)]
     lines = {
-        run: {"validation": {"exact_match": exact, "nll": nll}} for run, (exact, nll) in zip(runs, found, strict=True)
+        run: {"validation": {"examples": rows, "exact_match": exact, "nll": nll}}
+        for run, (exact, nll) in zip(runs, found, strict=True)
     }
-    assert plans.best_rate(plan, lines, "gsm8k", "lovasz") == 1e-2
+    assert plans.best_rate(plan, lines, "gsm8k", "lovasz") == chosen
     assert plans.sweep(make_plan(rates=(1e-4,)), "gsm8k") == []
 
 

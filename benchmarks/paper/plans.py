@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 CROSS_ENTROPY = "cross_entropy"
@@ -104,12 +105,20 @@ def finals(plan: Plan, dataset: str, rates: dict[str, float]) -> list[Run]:
 
 
 def best_rate(plan: Plan, lines: dict[Run, dict[str, Any]], dataset: str, loss: str) -> float:
-    """By exact match on the validation rows; where that is equal, by the lower NLL there."""
+    """By exact match on the validation rows; among the rates that are behind the best by no more than twice the
+    standard error of the difference, by the NLL there, which a few rows measure better."""
     if len(plan.rates) == 1:
         return plan.rates[0]
+    found = {rate: lines[Run(dataset, loss, plan.seeds[0], rate)]["validation"] for rate in plan.rates}
 
-    def rank(rate: float) -> tuple[float, float]:
-        found = lines[Run(dataset, loss, plan.seeds[0], rate)]["validation"]
-        return found["exact_match"], -found["nll"]
+    def variance(rate: float) -> float:
+        share = found[rate]["exact_match"]
+        return share * (1 - share) / found[rate]["examples"]
 
-    return max(plan.rates, key=rank)
+    best = max(plan.rates, key=lambda rate: found[rate]["exact_match"])
+
+    def equal(rate: float) -> bool:
+        behind = found[best]["exact_match"] - found[rate]["exact_match"]
+        return behind <= 2 * math.sqrt(variance(rate) + variance(best))
+
+    return min(filter(equal, plan.rates), key=lambda rate: found[rate]["nll"])

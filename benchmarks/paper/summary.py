@@ -79,7 +79,9 @@ def paired_p(differences: Sequence[float]) -> float | None:
 
 
 class Setting:
-    """The final runs of one model on one dataset that differ in loss, seed and learning rate alone."""
+    """The final runs of one model on one dataset that differ in loss, seed and learning rate alone.
+
+    Where a loss and a seed have two lines, as after a change of the rule for the rate, the later one counts."""
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self.about = {name: lines[0][name] for name in SETTING}
