@@ -9,7 +9,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -28,13 +28,21 @@ _ATTRIBUTE = "_cv_loss_installation"
 _ROW_INPUTS = ("position_ids", "attention_mask", "input_ids")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Of one batch: whether the outputs must have logits, and how many of the first rows count; None: all."""
+
+    keep_logits: bool
+    first_rows: int | None
+
+
 class Installation:
     """An objective in a model.
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
-    terms whose rows are not the ones that ``num_items_in_batch`` counts. ``keep_logits`` says whether the outputs
-    must have logits; None: in evaluation, but not in training, unless the objective needs them anyway. Only the
-    ``first_rows`` of a batch count, the others are taken for padding; None: all count.
+    terms whose rows are not the ones that ``num_items_in_batch`` counts; ``evaluation`` is what a trainer says of a
+    batch that it evaluates on. Without one the outputs have logits where the model is in evaluation mode, and in
+    training only where the objective needs them.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -42,8 +50,7 @@ class Installation:
         self.objective = objective
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[str, Tensor] = {}
-        self.keep_logits: bool | None = None
-        self.first_rows: int | None = None
+        self.evaluation: Evaluation | None = None
         self._weights = objective.config.example_weights
         if objective.config.needs_logits and objective.config.head != "logits":
             logger.warning(
@@ -128,8 +135,8 @@ class Installation:
             "example_weights": weights,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
-        if self.first_rows is not None:
-            given |= _padding_from(self.first_rows, given)
+        if self.evaluation and self.evaluation.first_rows is not None:
+            given |= _padding_from(self.evaluation.first_rows, given)
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
@@ -156,7 +163,7 @@ class Installation:
         return found[0]
 
     def _wants_fused(self) -> bool:
-        keep_logits = not self.model.training if self.keep_logits is None else self.keep_logits
+        keep_logits = self.evaluation.keep_logits if self.evaluation else not self.model.training
         config = self.objective.config
         if config.head == "logits" or config.needs_logits or keep_logits:
             return False

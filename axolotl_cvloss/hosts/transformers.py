@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..engine.sets import SetCounts
-from ..installation import Installation, installation
+from ..installation import Evaluation, Installation, installation
 from ..objective import Objective, ObjectiveResult
 from ..vocabulary import count_labels
 from .example_weights import WeightCollator
@@ -28,14 +28,13 @@ class ObjectiveTrainer(Trainer):
     _cv_records: dict[bool, list[tuple[int, ObjectiveResult]]]
     _cv_reported: bool
     _cv_used: bool
-    _cv_evaluating: bool
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.
 
         In an evaluation each batch has a mean of its own: its last batches may be filled with rows that count already.
         """
-        if self._cv_evaluating or not batch_samples or "labels" not in batch_samples[0]:
+        if self.cv_loss.evaluation or not batch_samples or "labels" not in batch_samples[0]:
             return None
         objective = self.cv_loss.objective
         totals = torch.zeros(len(objective.scopes), dtype=torch.long, device=device)
@@ -120,14 +119,11 @@ class ObjectiveTrainer(Trainer):
             )
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
-        self._cv_evaluating = True
-        self.cv_loss.keep_logits = not prediction_loss_only
-        self.cv_loss.first_rows = self._cv_own_rows(inputs)
+        self.cv_loss.evaluation = Evaluation(not prediction_loss_only, self._cv_own_rows(inputs))
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self._cv_evaluating = False
-            self.cv_loss.keep_logits = self.cv_loss.first_rows = None
+            self.cv_loss.evaluation = None
 
     def _cv_own_rows(self, inputs: dict[str, Any]) -> int | None:
         """How many rows of a batch are no repetition; accelerate fills the last batches of several ranks up.
@@ -219,8 +215,7 @@ def attach(trainer: Trainer) -> None:
     assert isinstance(trainer, ObjectiveTrainer)
     trainer.cv_loss = installed
     trainer._cv_records = {True: [], False: []}
-    trainer._cv_reported = False
-    trainer._cv_used = trainer._cv_evaluating = False
+    trainer._cv_reported = trainer._cv_used = False
     installed.listeners = [trainer._cv_record]
     # Without these two the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True

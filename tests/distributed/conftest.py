@@ -55,9 +55,15 @@ def torchrun(processes, script, *arguments, folder, killed=False, **variables):
 
 @pytest.fixture
 def start_processes(tmp_path):
-    """Start processes on a script of this folder."""
+    """Start processes on a script of this folder; sharding by DeepSpeed ("ZeRO-2", "ZeRO-3") needs to be told."""
 
-    def start(processes, script, *arguments, **options):
+    def start(processes, script, *arguments, sharding="none", **options):
+        if sharding.startswith("ZeRO"):
+            if not DEEPSPEED.exists():
+                pytest.skip("DeepSpeed is not installed: make .deepspeed")
+            # Told to use CPUs, accelerate would pass DeepSpeed by.
+            ours = {"PYTHONPATH": str(DEEPSPEED), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+            options = {**ours, **options}
         return torchrun(processes, script, *arguments, folder=tmp_path, **options)
 
     return start
@@ -68,15 +74,10 @@ def steps_of(start_processes, tmp_path):
     """Gradients and losses of many cases, of one launch."""
 
     def start(cases, processes):
-        variables = {}
-        if cases[0]["sharding"].startswith("zero"):
-            if not DEEPSPEED.exists():
-                pytest.skip("DeepSpeed is not installed: make .deepspeed")
-            # Told to use CPUs, accelerate would pass DeepSpeed by.
-            variables = {"PYTHONPATH": str(DEEPSPEED), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
-        (tmp_path / "cases.json").write_text(json.dumps(cases))
-        start_processes(processes, "one_step.py", tmp_path / "cases.json", tmp_path / "found.pt", **variables)
-        return torch.load(tmp_path / "found.pt")
+        files = tmp_path / "cases.json", tmp_path / "found.pt"
+        files[0].write_text(json.dumps(cases))
+        start_processes(processes, "one_step.py", *files, sharding=cases[0]["sharding"])
+        return torch.load(files[1])
 
     return start
 

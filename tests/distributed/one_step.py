@@ -97,14 +97,15 @@ class InOrder(Trainer):
 
 
 def zero(stage):
-    """Arguments for DeepSpeed. With SGD and a rate of 1 the gradient of a step is what the weights lose."""
+    """A config for DeepSpeed's ZeRO."""
     sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
     options = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    options |= {"gradient_clipping": "auto"}
     # Weights as small as these would stay whole from the second micro-batch on.
     small = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
-    optimization = {"stage": stage, **(dict.fromkeys(small, 0) if stage == 3 else {})}
-    config = {"zero_optimization": optimization, "gradient_clipping": 0.0, **options, **sizes}
-    return {"deepspeed": config, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    whole = {"stage3_gather_16bit_weights_on_model_save": True}  # of any type
+    optimization = {"stage": stage, **({**dict.fromkeys(small, 0), **whole} if stage == 3 else {})}
+    return {"zero_optimization": optimization, **options, **sizes}
 
 
 def weights(model):
@@ -115,11 +116,14 @@ def weights(model):
 
 
 def run(case, folder, world):
-    sharding, deepspeed = case["sharding"], case["sharding"].startswith("zero")
+    sharding, deepspeed = case["sharding"], case["sharding"].startswith("ZeRO")
     layers = ["LlamaDecoderLayer", *(["HeadUnit"] if case["head_unit"] else [])]
     fsdp = {"version": 2, "reshard_after_forward": case["reshard"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     fsdp |= {"transformer_layer_cls_to_wrap": layers, "cpu_ram_efficient_loading": False}
-    shardings = {"fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}, "zero2": zero(2), "zero3": zero(3)}
+    # DeepSpeed keeps no gradients. With SGD and a rate of 1 the gradient of a step is what the weights lose.
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    shardings = {f"ZeRO-{stage}": {"deepspeed": zero(stage), **sgd} for stage in (2, 3)}
+    shardings |= {"fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}}
     model = make_model(getattr(torch, case["dtype"]), case["head_unit"], case["adapter"])
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     install(model, Objective.from_config(case["cv_loss"], tokenizer=Digits()))

@@ -51,10 +51,10 @@ LAUNCHES = {
     "FSDP2, head unit, no reshard": {**FSDP2, "head_unit": True, "reshard": False},
     "FSDP2, bf16": {**FSDP2, **BF16},
     "FSDP2, head unit, bf16": {**FSDP2, "head_unit": True, **BF16},
-    "ZeRO-2": {**ZERO, "sharding": "zero2"},
-    "ZeRO-3": {**ZERO, "sharding": "zero3"},
-    "ZeRO-3, LoRA": {**ZERO, "sharding": "zero3", "adapter": "LoRA"},
-    "ZeRO-3, LoRA with head": {**ZERO, "sharding": "zero3", "adapter": "LoRA with head"},
+    "ZeRO-2": {**ZERO, "sharding": "ZeRO-2"},
+    "ZeRO-3": {**ZERO, "sharding": "ZeRO-3"},
+    "ZeRO-3, LoRA": {**ZERO, "sharding": "ZeRO-3", "adapter": "LoRA"},
+    "ZeRO-3, LoRA with head": {**ZERO, "sharding": "ZeRO-3", "adapter": "LoRA with head"},
 }
 # Those that `make test` runs too, with these objectives only.
 QUICK = ("DDP", "FSDP2, head unit")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import GUEST_MIX
+from one_step import zero
 
 needs_axolotl = pytest.mark.skipif(find_spec("axolotl") is None, reason="Axolotl is not installed")
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
@@ -23,6 +24,8 @@ OBJECTIVE = {
 LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 # How checkpoints are kept. A gathered one of an adapter is not wholly restored by accelerate 1.13, with or without us.
 CHECKPOINTS = {"full": "FULL_STATE_DICT", "LoRA": "SHARDED_STATE_DICT"}
+PROCESSES = {"1 process": 1, "DDP": 2, "FSDP2": 2, "ZeRO-2": 2, "ZeRO-3": 2}  # by sharding
+ZERO = {"ZeRO-2": {"deepspeed": zero(2)}, "ZeRO-3": {"deepspeed": zero(3)}}
 
 # A process that cannot import the plugin.
 GENERATE = """
@@ -48,11 +51,17 @@ class Runs:
     host: str
     script: str
 
-    def __init__(self, make_config, files, folder):
-        self.make_config, self.data, self.folder = make_config, files, folder
+    def __init__(self, start_processes, make_config, files, folder):
+        self.start_processes, self.make_config, self.data, self.folder = start_processes, make_config, files, folder
 
     def output(self, setup):
         return Path(setup.get("arguments", setup)["output_dir"])
+
+    def start(self, sharding, setup, **options):
+        """Run it; what was printed."""
+        kept = "none" if sharding in ("1 process", "DDP") else sharding
+        given = PROCESSES[sharding], self.script, self.file(setup)
+        return self.start_processes(*given, sharding=sharding, SHARDING=kept, **options)
 
     def file(self, setup):
         path = self.folder / f"{self.output(setup).name}.yaml"
@@ -61,7 +70,8 @@ class Runs:
 
     def history(self, setup, key="loss"):
         """What was logged in each step, or in each evaluation, from the last checkpoint."""
-        state = json.loads((self.output(setup) / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+        last = max(self.output(setup).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        state = json.loads((last / "trainer_state.json").read_text())
         return [entry for entry in state["log_history"] if key in entry]
 
 
@@ -71,11 +81,13 @@ class AxolotlRuns(Runs):
     host = "axolotl train"
     script = "train_axolotl.py"
 
-    def setup(self, name, packing, adapter, processes, resume=None):
+    def setup(self, name, packing, adapter, sharding, resume=None):
+        processes = PROCESSES[sharding]
         keys = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 3, "save_only_model": False, "cv_loss": OBJECTIVE}
         keys["plugins"] = ["axolotl_cvloss.CVLossPlugin", "crash_plugin.CrashPlugin"]
         keys |= {"micro_batch_size": 2, "gradient_accumulation_steps": 2 // processes, "eval_batch_size": 5}
-        if processes > 1:
+        keys |= ZERO.get(sharding, {})
+        if sharding == "FSDP2":
             fsdp = {**LAYERS, "state_dict_type": CHECKPOINTS[adapter], "reshard_after_forward": True}
             keys |= {"fsdp_version": 2, "fsdp_config": {**fsdp, "final_state_dict_type": "FULL_STATE_DICT"}}
         if packing == "packed":
@@ -89,13 +101,15 @@ class AxolotlRuns(Runs):
 class ScriptRuns(Runs):
     """A script of TrainingArguments."""
 
-    def setup(self, name, packing, adapter, processes, resume=None, **more):
+    def setup(self, name, packing, adapter, sharding, resume=None, **more):
+        processes = PROCESSES[sharding]
         arguments = {"output_dir": str(self.folder / name), "max_steps": STEPS, "save_steps": 3, "learning_rate": 1e-2}
         arguments |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // processes}
         # 12 rows. Of packed ones a batch has one, as one line has all documents of a batch.
         arguments |= {"eval_strategy": "steps", "eval_steps": 3}
         arguments["per_device_eval_batch_size"] = 1 if packing == "packed" else 5
-        if processes > 1:
+        arguments |= ZERO.get(sharding, {})
+        if sharding == "FSDP2":
             fsdp = {"version": 2, "reshard_after_forward": True, "state_dict_type": CHECKPOINTS[adapter], **LAYERS}
             arguments |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {**fsdp, "cpu_ram_efficient_loading": False}}
         setup = {"arguments": {**arguments, **more}, "adapter": adapter, "packing": packing, "resume": resume}
@@ -131,39 +145,48 @@ HOSTS = {
 
 
 @pytest.fixture
-def runs(request, make_config, files, tmp_path):
-    return request.param(make_config, files, tmp_path)
+def runs(request, start_processes, make_config, files, tmp_path):
+    return request.param(start_processes, make_config, files, tmp_path)
 
 
-def same(found, expected, tolerance, prefix=""):
+def same(found, expected, tolerance, prefix="", but=()):
     terms = [f"cv_loss/{name}" for name in ("cross_entropy", "lovasz", "nll", "lovasz/sets", "lovasz/classes")]
     names = ["loss", *terms] if prefix else ["loss", *terms, "grad_norm", "cv_loss/lovasz/weight"]
-    names = ["step", *(prefix + name for name in names)]
+    names = ["step", *(prefix + name for name in names if name not in but)]
     for one, other in zip(found, expected, strict=True):
         values = {name: other[name] for name in names}
         assert {name: one[name] for name in names} == pytest.approx(values, rel=tolerance, abs=1e-6)
 
 
+WAYS = [
+    *(("FSDP2", packing, adapter) for packing in ("padded", "packed") for adapter in ("full", "LoRA")),
+    ("ZeRO-2", "padded", "LoRA"),
+    ("ZeRO-2", "packed", "full"),
+    ("ZeRO-3", "padded", "full"),
+    ("ZeRO-3", "packed", "LoRA"),
+]
+
+
 @pytest.mark.hosts
 @pytest.mark.matrix
-@pytest.mark.parametrize("packing", ["padded", "packed"])
-@pytest.mark.parametrize("adapter", ["full", "LoRA"])
+@pytest.mark.parametrize(("sharding", "packing", "adapter"), WAYS)
 @pytest.mark.parametrize("runs", HOSTS.values(), ids=HOSTS, indirect=True)
-def test_two_processes(runs, packing, adapter, start_processes, record_property):
+def test_two_processes(runs, sharding, packing, adapter, record_property):
     way = {"packing": packing, "adapter": adapter}
-    for sharding in "1 process", "FSDP2":
-        record_property("setup", {"host": runs.host, "sharding": sharding, **way})
-    alone = runs.setup("alone", **way, processes=1)
-    whole = runs.setup("whole", **way, processes=2)
-    killed = runs.setup("killed", **way, processes=2)
+    for ran in "1 process", sharding:
+        record_property("setup", {"host": runs.host, "sharding": ran, **way})
+    alone = runs.setup("alone", **way, sharding="1 process")
+    whole = runs.setup("whole", **way, sharding=sharding)
+    killed = runs.setup("killed", **way, sharding=sharding)
     checkpoint = runs.output(killed) / "checkpoint-3"
-    resumed = runs.setup("killed", **way, processes=2, resume=str(checkpoint))
+    resumed = runs.setup("killed", **way, sharding=sharding, resume=str(checkpoint))
 
-    start_processes(2, runs.script, runs.file(killed), killed=True, CRASH_AFTER="5")
+    runs.start(sharding, killed, killed=True, CRASH_AFTER="5")
     assert checkpoint.is_dir()
     assert not (runs.output(killed) / f"checkpoint-{STEPS}").exists()
-    for processes, setup in (2, resumed), (2, whole), (1, alone):
-        start_processes(processes, runs.script, runs.file(setup))
+    runs.start(sharding, resumed)
+    runs.start(sharding, whole)
+    runs.start("1 process", alone)
 
     expected, evaluated = runs.history(whole), runs.history(whole, "eval_loss")
     assert [entry["step"] for entry in expected] == list(range(1, STEPS + 1))
@@ -185,17 +208,38 @@ def test_two_processes(runs, packing, adapter, start_processes, record_property)
     assert done.stdout.split()[-2:-1] == ["generated"], done.stderr[-3000:]
 
 
+@pytest.mark.hosts
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("option", "size"),
+    [("dispatch_batches", 3), ("dispatch_batches", 4), ("dispatch_batches", 11), ("split_batches", 4)],
+)
+@pytest.mark.parametrize("runs", [TrainerRuns], ids=["Trainer"], indirect=True)
+def test_other_ways_to_deal_batches_out(runs, option, size):
+    """Rank 0 reads all batches and hands parts of them on, as with a dataset that can only be iterated over; or every
+    rank takes its part of each batch."""
+    found = []
+    for sharding in "1 process", "DDP":
+        more = {"per_device_eval_batch_size": size, "max_steps": 1, "eval_steps": 1, "save_steps": 1}
+        more["learning_rate"] = 0.0  # ranks train on other rows
+        setup = runs.setup(sharding, "padded", "full", sharding, **more, accelerator_config={option: True})
+        runs.start(sharding, setup)
+        found.append(runs.history(setup, "eval_loss"))
+    # Of a last batch that is not full, Trainer takes rank 0's part for all of it in its own eval_loss.
+    same(*found, tolerance=1e-3, prefix="eval_", but=["loss"])
+
+
 @needs_trl
 @pytest.mark.hosts
 @pytest.mark.matrix
 @pytest.mark.parametrize("runs", [TRLRuns], ids=["TRL"], indirect=True)
-def test_the_metrics_of_sfttrainer(runs, start_processes):
+def test_the_metrics_of_sfttrainer(runs):
     """Entropy, token accuracy and tokens are those that SFTTrainer itself finds in two processes."""
     found = []
     for name in "ours", "theirs":
-        setup = runs.setup(name, "padded", "full", processes=2, per_device_eval_batch_size=3)
+        setup = runs.setup(name, "padded", "full", sharding="FSDP2", per_device_eval_batch_size=3)
         setup["cv_loss"] = "cross_entropy" if name == "ours" else None
-        start_processes(2, runs.script, runs.file(setup))
+        runs.start("FSDP2", setup)
         found.append(setup)
     names = ["loss", "entropy", "mean_token_accuracy", "num_tokens"]
     for key, names_of in ("loss", [*names, "grad_norm"]), ("eval_loss", [f"eval_{name}" for name in names]):
@@ -206,9 +250,9 @@ def test_the_metrics_of_sfttrainer(runs, start_processes):
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("runs", [TrainerRuns], ids=["Trainer"], indirect=True)
-def test_nan_on_another_rank(runs, start_processes):
-    setup = runs.setup("nan", "padded", "full", processes=2, max_steps=1, eval_strategy="no")
-    printed = start_processes(2, runs.script, runs.file(setup), NAN_ON_RANK="1")
+def test_nan_on_another_rank(runs):
+    setup = runs.setup("nan", "padded", "full", sharding="FSDP2", max_steps=1, eval_strategy="no")
+    printed = runs.start("FSDP2", setup, NAN_ON_RANK="1")
     (line,) = [line for line in printed.splitlines() if "became NaN" in line]
     assert "cross_entropy, lovasz, nll became NaN or infinite in step 1 on rank 1." in line
 
@@ -216,10 +260,10 @@ def test_nan_on_another_rank(runs, start_processes):
 @needs_axolotl
 @pytest.mark.hosts
 @pytest.mark.parametrize("runs", [AxolotlRuns], ids=["Axolotl"], indirect=True)
-def test_a_strangers_losses(runs, guest, start_processes):
+def test_a_strangers_losses(runs, guest):
     """Those of tests/guest under Axolotl, fused and packed, in two processes."""
-    config = {**runs.setup("guest", "packed", "full", processes=2), "cv_loss": {**GUEST_MIX, "head": "fused"}}
-    printed = start_processes(2, runs.script, runs.file(config), PYTHONPATH=guest)
+    config = {**runs.setup("guest", "packed", "full", sharding="FSDP2"), "cv_loss": {**GUEST_MIX, "head": "fused"}}
+    printed = runs.start("FSDP2", config, PYTHONPATH=guest)
     assert "0.6 huberised" in printed
     logged = runs.history(config)
     for entry in logged:

@@ -39,12 +39,13 @@ if lora is not None:
 if os.environ.get("NAN_ON_RANK") == os.environ["RANK"]:
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * float("nan"))
 install(model, Objective.from_config(setup["cv_loss"]))
+pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=32)  # rank 0 can hand on batches of one width only
 trainer = Trainer(
     model,
     TrainingArguments(**arguments),
     train_dataset=rows("train"),
     eval_dataset=rows("test")[1:],  # 11, so that the last batches are filled, whatever their size
-    data_collator=DataCollatorWithFlattening() if setup["packing"] == "packed" else DataCollatorForSeq2Seq(tokenizer),
+    data_collator=DataCollatorWithFlattening() if setup["packing"] == "packed" else pad,
 )
 attach(trainer)
 finish(trainer)

@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from axolotl_cvloss import Objective, install, uninstall
-from axolotl_cvloss.installation import installation
+from axolotl_cvloss.installation import Evaluation, installation
 
 MIX = {"cross_entropy": 0.6, "lovasz": 0.4}
 HEADS = ("fused", "logits")
@@ -27,9 +27,9 @@ def test_rows_after_the_first_count_as_padding(masked, head, make_model, batch):
     installed = installation(model)
     installed.listeners.append(seen.append)
     model(**{name: value[:1] for name, value in batch.items()})
-    installed.first_rows = 1
+    installed.evaluation = Evaluation(keep_logits=False, first_rows=1)
     model(**batch)
-    installed.first_rows = 0
+    installed.evaluation = Evaluation(keep_logits=False, first_rows=0)
     model(**batch)
     alone, first, none = seen
     torch.testing.assert_close(first.loss, alone.loss)
