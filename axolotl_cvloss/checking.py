@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from .config import KEY, ConfigError, CVLossConfig, Schedule, TermConfig
+from .config import KEY, NEEDS_LOGITS, ConfigError, CVLossConfig, Schedule, TermConfig
 from .curves import GRID, NotACurve, curve
 from .descriptions import plain
 from .hosts import axolotl_keys, trl_keys
@@ -124,7 +124,7 @@ def traps(config: CVLossConfig) -> list[str]:
             "gradient has another size, so learning rate and gradient clipping may need other values"
         )
     if config.needs_logits:
-        found.append(f"{KEY}: this objective keeps all logits of a batch in memory")
+        found.append(f"{KEY}: this objective {NEEDS_LOGITS}")
     return found
 
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from .registry import Loss, available_losses, nearest
 
 KEY = "cv_loss"
+NEEDS_LOGITS = "needs all logits of a batch at once, which takes more memory than fused losses do"
 SET_FIELDS = ("per", "reduce")  # of a term, where its loss has one value a set
 MOST_PROBLEMS = 10  # that one message lists
 
@@ -133,7 +134,7 @@ class CVLossConfig(BaseModel):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether some term cannot do without the logits of all rows."""
+        """Whether some term cannot do without the logits of all rows. ``NEEDS_LOGITS`` says so to users."""
         return self.reference or any(available_losses()[term.loss].family == "dense" for term in self.terms)
 
     def dump(self) -> dict[str, Any]:

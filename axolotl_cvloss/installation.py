@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import NEEDS_LOGITS
 from .engine.sources import Head
 from .head import HeadTap, is_linear, partitioned, postprocessing, probed, processed
 from .objective import Objective, ObjectiveResult
@@ -53,10 +54,7 @@ class Installation:
         self.evaluation: Evaluation | None = None
         self._weights = objective.config.example_weights
         if objective.config.needs_logits and objective.config.head != "logits":
-            logger.warning(
-                f"cv_loss: {objective} needs all logits of a batch at once, which takes more memory than fused losses "
-                "do; `head: logits` silences this warning"
-            )
+            logger.warning(f"cv_loss: {objective} {NEEDS_LOGITS}; `head: logits` silences this warning")
         self._tap = HeadTap(model)
         self._fusable: bool | None = None  # not known before the first batch
         self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}

@@ -262,7 +262,7 @@ TURNS = "the losses of single tokens together lower the probability of a token t
             "the weights sum to 1 at first and to 5 at last; far from 1",
         ),
         ({"cross_entropy": 1, "focal": 0}, "cv_loss.focal: its weight is 0"),
-        ({"cross_entropy": 0.6, "lovasz": 0.4, "reference": True}, "keeps all logits of a batch in memory"),
+        ({"cross_entropy": 0.6, "lovasz": 0.4, "reference": True}, "needs all logits of a batch at once"),
     ],
 )
 def test_check_warns_of_traps(key, warning, checked):

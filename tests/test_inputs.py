@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DIGITS, KNOWN, Tokenizer, dropped_naive, make_batch
+from helpers import DIGITS, KNOWN, NUMBER_LOSSES, Tokenizer, dropped_naive, make_batch
 from naive import COUNTS, NAIVE, NUMBERS
 
 from axolotl_cvloss import Objective
@@ -12,7 +12,6 @@ from axolotl_cvloss.rows import Goldfish, select_rows
 from axolotl_cvloss.vocabulary import count_labels, number_tokens, rarity
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-NUMBER_LOSSES = ["number_token_wasserstein", "number_token_mse"]
 
 
 def test_number_tokens():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BATCHES, IGNORE, KNOWN, VOCAB, Batch, make_batch, naive_loss, temporary_losses
+from helpers import BATCHES, IGNORE, KNOWN, NUMBER_LOSSES, VOCAB, Batch, make_batch, naive_loss, temporary_losses
 from naive import NAIVE, NUMBERS, set_loss
 
 from axolotl_cvloss import Objective, available_losses, register_loss
@@ -92,7 +92,6 @@ NOT_WITH_IMPOSSIBLE_TOKENS = [
 ]
 
 # They look at the rows whose label is a number, and at the logits of numbers.
-NUMBER_LOSSES = ["number_token_wasserstein", "number_token_mse"]
 
 # Losses of a stranger, so that the laws hold for each family and each statistic whatever is built in.
 STRANGERS = ("a_row_loss", "a_document_loss", "a_region_loss", "a_set_loss")

@@ -31,7 +31,7 @@ def torchrun(processes, script, *arguments, folder, killed=False, **variables):
     ``variables`` are those of the environment.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    paths = [str(HERE), variables.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE), str(HERE.parent), variables.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
     ours = {
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
