@@ -19,8 +19,8 @@ test-all: $(INSTALLED)  ## the long checks too
 	$(BIN)/python -m pytest -n 2
 
 test-hosts: $(INSTALLED) .deepspeed  ## real hosts in two processes: prints what works with what, and writes it into the README
-	COMPATIBILITY=docs/compatibility/axolotl.json $(BIN)/python -m pytest tests/distributed
-	$(BIN)/python tools/compatibility.py
+	COMPATIBILITY=docs/compatibility/axolotl.json $(BIN)/python -m pytest tests/distributed; \
+	  status=$$?; $(BIN)/python tools/compatibility.py; exit $$status
 
 # Beside .venv, as some libraries behave in another way where they find it. It needs torch to build.
 .deepspeed: $(INSTALLED)
@@ -34,8 +34,8 @@ test-trl-latest:  ## the tests of TRL in an environment of their own
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable ".[trl]" trl transformers accelerate peft "pytest>=8" pytest-xdist
 	$(LATEST)/bin/python -m pip list | grep -E "^(torch|trl|transformers|accelerate|peft|datasets) "
 	$(LATEST)/bin/python -m pytest -n 2 tests/hosts/test_trl.py tests/hosts/test_readme.py
-	COMPATIBILITY=docs/compatibility/trl-latest.json $(LATEST)/bin/python -m pytest tests/distributed -k "cut or TRL"
-	$(LATEST)/bin/python tools/compatibility.py
+	COMPATIBILITY=docs/compatibility/trl-latest.json $(LATEST)/bin/python -m pytest tests/distributed -k "cut or TRL"; \
+	  status=$$?; $(LATEST)/bin/python tools/compatibility.py; exit $$status
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

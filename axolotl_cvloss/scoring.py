@@ -17,7 +17,8 @@ All are means over the examples, from 0 to 1 (extra_steps may be above 1). P and
 ``<<`` and ``>>`` in prediction and reference, without spaces. Examples whose reference has no formula (some of GSM8K)
 do not count for the metrics of formulas; ``formula_examples`` says how many do.
 
-exact_match        the final answer is the reference's, by value: ``#### $1,234.50`` is 1234.5. For letters: accuracy
+exact_match        the final answer is the reference's, by value: ``#### $1,234.50`` is 1234.5, ``#### 48 + 24 = 72`` is
+                   72. For letters: accuracy
 flexible_match     the same, with the last number of the text where there is no ``####`` with a number
 no_answer          no answer was found where exact_match looks for it
 iou                |P & L| / |P | L|
@@ -63,19 +64,25 @@ TASKS = NUMBERS + LETTERS
 
 # An amount: sign and currency in either order, thousands with commas, a fraction or a mixed number, an exponent.
 # A minus after a digit or a bracket is a subtraction. More than 30 digits in a row are no number.
+_SIGN = "[-+\u2212\u2013]?"  # a hyphen, a minus, a dash
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?!\d)"
+_PLAIN = rf"{_DIGITS}(?:\.\d{{0,30}}(?!\d))?"
 _NUMBER = re.compile(
-    rf"""(?<![\w)])(?<!\d,)(?P<sign>[-+\u2212]?)(?:[$€£]\ ?(?P<sign2>[-+\u2212]?))?(?:
-        (?:(?P<whole>{_DIGITS})\ )?(?P<above>{_DIGITS})\ ?/\ ?(?P<below>{_DIGITS})
-        |(?P<decimal>{_DIGITS}(?:\.\d{{0,30}}(?!\d))?|\.\d{{1,30}}(?!\d))(?P<exponent>[eE][-+]?\d{{1,3}}(?!\d))?
-    )(?!,?\d)""",
+    rf"""(?<![\w)])(?<!\d[,.])(?P<sign>{_SIGN})(?:[$€£]\ ?(?P<sign2>{_SIGN}))?(?:
+        (?:(?P<whole>{_DIGITS})\ )?(?P<above>{_PLAIN})\ ?/\ ?(?P<sign3>{_SIGN})(?P<below>{_PLAIN})
+        |(?P<decimal>{_PLAIN}|\.\d{{1,30}}(?!\d))(?P<exponent>[eE][-+]?\d{{1,3}}(?!\d))?
+    )(?![,.]?\d)""",
     re.VERBOSE,
 )
+_FRAC = re.compile(r"\\[dt]?frac\{(\d{1,30})\}\{(\d{1,30})\}")  # of LaTeX
 _FORMULA = re.compile(r"<<([^<>]+)>>")
 _LETTER = r"([A-H])(?!\w)"
 _LEADING = re.compile(rf"\W*{_LETTER}(?P<rest>.*)")
-_ANNOUNCED = re.compile(rf"(?i:\banswer(?:\s+is)?)\s*:?\s*\W{{0,3}}{_LETTER}(?P<rest>.*)")
+_ANNOUNCED = re.compile(
+    rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\W{{0,3}}(?:{_LETTER}(?P<rest>.*)|(?P<small>[a-h])\W*$)"
+)
 _SECOND = re.compile(rf"\W*(?:,|/|&|\band\b|\bor\b)\W*{_LETTER}")
+_LIST = re.compile(rf"(?:\W+{_LETTER})+\W*")
 _LONGEST_FORMULA = 200  # characters; longer ones are compared as text
 _MOST_BRACKETS = 20
 
@@ -85,8 +92,12 @@ _MOST_BRACKETS = 20
 
 def number(text: str) -> Fraction | None:
     """The first number of the text: '$1,234.50' -> 1234.5, '-1/2' -> -0.5, '5%' -> 5, 'five' -> None."""
-    found = _NUMBER.search(text)
+    found = _NUMBER.search(_plain(text))
     return _value(found) if found else None
+
+
+def _plain(text: str) -> str:
+    return _FRAC.sub(r"\1/\2", text)
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
@@ -94,39 +105,42 @@ def _value(found: re.Match[str]) -> Fraction | None:
         return (found[group] or "0").replace(",", "")
 
     if found["above"]:
-        if not int(plain("below")):
+        if not Fraction(plain("below")):
             return None
-        value = Fraction(int(plain("above")), int(plain("below"))) + int(plain("whole"))
+        value = Fraction(plain("above")) / Fraction(plain("below")) + int(plain("whole"))
     else:
         value = Fraction(plain("decimal") + (found["exponent"] or ""))
-    signs = found["sign"] + (found["sign2"] or "")
-    return -value if signs in ("-", "\u2212") else value
+    signs = [found[group] for group in ("sign", "sign2", "sign3") if found[group]]
+    return -value if len(signs) == 1 and signs != ["+"] else value
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number on the rest of the line after the first ``####``."""
+    """The number on the rest of the line after the first ``####``, in an equation that after the last ``=``."""
     _, mark, after = text.partition("####")
-    lines = re.sub(r"^\s*([-+\u2212]?)\s*", r"\1", after).splitlines()  # "- 3" is a negative number here
-    return number(lines[0]) if mark and lines else None
+    line = (after.strip().splitlines() or [""])[0] if mark else ""
+    sides = [re.sub(rf"^\s*({_SIGN})\s*", r"\1", side) for side in line.split("=")]  # "- 3" is a negative number here
+    return next((found for side in reversed(sides) if (found := number(side)) is not None), None)
 
 
 def last_number(text: str) -> Fraction | None:
-    *_, last = (None, *_NUMBER.finditer(text))
+    *_, last = (None, *_NUMBER.finditer(_plain(text)))
     return _value(last) if last else None
 
 
 def letter(text: str) -> str | None:
-    """The choice: 'B', '(B) because', 'b.', 'The answer is B.' -> 'B'; 'A or B', 'A marsh' and 'Because' -> None."""
+    """The choice: 'B', '(B) because', 'b.', 'The answer is B.' -> 'B'; 'A or B', 'A. B. C.', 'A marsh' -> None."""
     text = text.strip()
     if alone := re.fullmatch(r"\W*([a-h])\W*", text):
         return alone[1].upper()
     line = text.partition("\n")[0]
     found = _LEADING.match(line) or _ANNOUNCED.search(line)
-    if not found or _SECOND.match(found["rest"]):
-        return None
+    if not found or not found[1]:
+        return found and found["small"].upper()
     if found[1] == "A" and re.match(r" [a-z]", found["rest"]):  # an article
         return None
-    return found[1]
+    second = _SECOND.match(found["rest"])
+    others = re.findall(_LETTER, found["rest"]) if _LIST.fullmatch(found["rest"]) else [second[1]] if second else []
+    return found[1] if {found[1], *others} == {found[1]} else None
 
 
 # Formulas
@@ -304,8 +318,8 @@ def _parse(line: str, number_of_line: int) -> Any:
 def _fields(record: Any) -> tuple[str, str, str]:
     if not isinstance(record, Mapping):
         raise ValueError("each line must be a JSON object with task, prediction and reference")
-    reference = record.get("reference", record.get("answer"))
-    task, prediction = record.get("task"), record.get("prediction")
+    task, prediction, reference = (record.get(field) for field in ("task", "prediction", "reference"))
+    reference = record.get("answer") if reference is None else reference
     for field, value in ("task", task), ("prediction", prediction), ("reference", reference):
         if not isinstance(value, str):
             raise ValueError(f"{field} is {'missing' if value is None else 'not a text'}")

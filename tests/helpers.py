@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from naive import COUNTS, NAIVE
@@ -9,6 +10,7 @@ from naive import COUNTS, NAIVE
 from axolotl_cvloss import registry
 
 IGNORE = -100
+README = Path(__file__).parents[1] / "README.md"
 
 
 class Tokenizer:
@@ -185,3 +187,32 @@ def temporary_losses():
     finally:
         registry._losses.clear()
         registry._losses.update(saved)
+
+
+def nll_of(model, tokenizer, rows):
+    """Mean NLL of the completions, one row at a time, with nothing of ours."""
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for i in range(len(prompt), len(ids)):
+            total -= float(logp[i - 1, ids[i]])
+            count += 1
+    return total / count
+
+
+def snippets():
+    """Those of the README's section on TRL, transformers and plain loops."""
+    section = README.read_text(encoding="utf-8").split("\n## TRL, transformers and plain loops\n")[1].split("\n## ")[0]
+    return [part.split("```")[0] for part in section.split("```python\n")[1:]]
+
+
+def snippet(word, *replacements):
+    """The one with that word, with each (old, new) replaced."""
+    (code,) = [code for code in snippets() if word in code]
+    for old, new in replacements:
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    return code

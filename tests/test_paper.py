@@ -1,6 +1,7 @@
 """The paper's experiment without training: rows, plan, configs, figures. hosts/test_paper_experiment.py trains."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,8 @@ def test_the_rate_is_chosen_by_exact_match_unless_it_is_noise(rows, chosen):
         for run, (exact, nll) in zip(runs, found, strict=True)
     }
     assert plans.best_rate(plan, lines, "gsm8k", "lovasz") == chosen
+    lines[runs[0]]["validation"]["nll"] = math.nan  # this one diverged
+    assert plans.best_rate(plan, lines, "gsm8k", "lovasz") == 1e-2
     assert plans.sweep(make_plan(rates=(1e-4,)), "gsm8k") == []
 
 
@@ -173,7 +176,7 @@ def config(run, name="gsm8k", model="llama", tied=True, on_gpu=False, work=Path(
     import tasks
     import training
 
-    data = tasks.Data(gsm8k(20), [], [], work / "rows.jsonl", "digest", {})
+    data = tasks.Data(gsm8k(20), [], [], work / "rows.jsonl", "digest", "inputs", {})
     about = SimpleNamespace(model_type=model, tie_word_embeddings=tied)
     task = tasks.task(name)
     return training.config_of(
@@ -219,6 +222,18 @@ def test_a_run_has_the_same_name_in_other_places_and_another_with_other_settings
     assert name() == name(work=tmp_path)
     assert name().startswith("gsm8k-generalized_dice-reference-seed1-lr0.0001-")
     assert len({name(), name(steps=7), name(batch=4), name(tied=False)}) == 4
+
+
+def test_models_in_folders_of_one_name_are_told_apart(tmp_path):
+    import training
+
+    for part, weights in ("a", b"1"), ("b", b"2"), ("c", b"1"):
+        (tmp_path / part / "final").mkdir(parents=True)
+        (tmp_path / part / "final" / "config.json").write_text("{}")
+        (tmp_path / part / "final" / "model.safetensors").write_bytes(weights)
+    one, other, same = (training.weights_of(str(tmp_path / part / "final")) for part in "abc")
+    assert one == same != other
+    assert training.weights_of("owner/model") == "owner/model"
 
 
 def test_axolotl_accepts_the_configs(tmp_path):
@@ -330,6 +345,8 @@ def line(loss, seed, exact, nll=1.0, valid=None, stage="final", **more):
         "validation_examples": 20,
         "test_examples": 40,
         "new_tokens": 4,
+        "rates": "0.001",
+        "inputs": "digest",
         "loss": loss,
         "seed": seed,
         "lr": 1e-3,
@@ -366,6 +383,7 @@ def test_paired_test():
     assert summary.paired_p([0.1]) is None
     assert summary.paired_p([0.0, 0.0]) == 1
     assert summary.paired_p([0.5, 0.5]) is None
+    assert summary.paired_p([4 / 80 - 1 / 80, 5 / 80 - 2 / 80, 3 / 80]) is None  # equal but for rounding
     assert summary.mean_and_error([0.2, 0.4]) == pytest.approx((0.3, 0.1))
 
 
@@ -378,7 +396,8 @@ def test_headline_as_in_the_paper_and_the_honest_one():
     assert setting.gain("focal") == pytest.approx(0.2)
     text = summary.markdown(results())
     assert "| openbookqa, small | lovasz: +40% | focal: +20% |" in text
-    assert "| mean | +40% | +20% |" in text
+    other = [{**line, "dataset": "gsm8k"} for line in results()]
+    assert "| mean where it is defined | +40% | +20% |" in summary.markdown(results() + other)
     assert "| lovasz | 0.001 | 3 | 30.0 ± 0.0 | 35.0 ± 2.9 | +10.0 ± 2.9 | 0.07 | 1.000 ± 0.000 |" in text
     assert "| untrained |  |  | 10.0 | 10.0 |" in text
 
@@ -404,6 +423,8 @@ def test_settings_are_not_mixed():
 
     longer = [{**line, "steps": 500} for line in results()]
     assert len(summary.settings(results() + longer)) == 2
+    others = [{**line, "inputs": "of another model in a folder of the same name"} for line in results()]
+    assert len(summary.settings(results() + others)) == 2
     assert summary.markdown([]) == "No finished runs yet.\n"
 
 
@@ -475,6 +496,19 @@ def test_options_change_the_plan(monkeypatch):
 HARNESS = FOLDER / "lm_eval"
 
 
+def generation(name):
+    """How the task file has answers generated."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+    task = yaml.load((HARNESS / f"{name}.yaml").read_text(), Loader)
+    shared = yaml.load((HARNESS / task["include"]).read_text(), Loader)
+    return {**shared, **task}["generation_kwargs"]
+
+
 def harness(tiny, folder, name, files):
     """The harness's own scores of the tiny model, on local files in the place of the hub's."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -488,7 +522,7 @@ def harness(tiny, folder, name, files):
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": files},
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 16},
+        "generation_kwargs": {**generation(name), "max_gen_toks": 16},
     }
     (folder / "tasks").mkdir()
     (folder / "tasks" / "local.yaml").write_text(yaml.safe_dump(changed))
@@ -513,6 +547,7 @@ def test_the_harness_gives_the_same_scores(name, split, rows, tiny, tmp_path):
     import tasks
 
     example = tasks.task(name).example
+    assert generation(name)["max_gen_toks"] == tasks.NEW_TOKENS[name]
     pairs = [pair for pair in map(example, rows) if pair]
     if name == "gsm8k":  # so that not everything is zero: the model learns the answers by heart
         learn(tiny, pairs)

@@ -61,6 +61,15 @@ from axolotl_cvloss.scoring import canonical, equivalent, final_number, formulas
         ("#### " + "9" * 31, None),
         ("#### " + "9" * 30, int("9" * 30)),
         ("#### x5", None),
+        ("#### \u20133", -3),  # a dash
+        ("#### 10/2.5", 4),
+        ("#### 1/-2", -0.5),
+        ("#### 48 + 24 = 72", 72),
+        ("#### 72 = the total", 72),
+        ("#### x = - 5", -5),
+        (r"#### $\frac{1}{2}$", 0.5),
+        (r"#### -\dfrac{3}{4}.", -0.75),
+        ("#### 1.2.3", None),
     ],
 )
 def test_final_number(text, value):
@@ -116,6 +125,18 @@ def test_last_number(text, value):
         ("", None),
         ("\n", None),
         ("none of them", None),
+        ("A B C D", None),
+        ("A. B.", None),
+        ("(A) (B)", None),
+        ("A|B", None),
+        ("A; B", None),
+        ("A, A", "A"),
+        ("B. E. coli", "B"),
+        ("C. A marsh", "C"),
+        ("answer: b", "B"),
+        ("The correct option is B", "B"),
+        ("Choice (d).", "D"),
+        ("the answer is a dog", None),
     ],
 )
 def test_letter(text, choice):
@@ -302,7 +323,7 @@ def test_score_file(tmp_path):
     path = write(
         tmp_path / "predictions.jsonl",
         {"task": "gsm8k", "prediction": "<<1+2=3>> #### 3", "reference": "<<1+2=3>> #### 3", "id": 7},
-        {"task": "gsm8k", "prediction": "#### 4", "answer": "Easy.\n#### 5"},  # no formula in the reference
+        {"task": "gsm8k", "prediction": "#### 4", "answer": "Easy.\n#### 5", "reference": None},  # and no formula there
         {"task": "openbookqa", "prediction": "B", "reference": "B"},
         {"task": "openbookqa", "prediction": "A or B", "reference": "A"},
     )

@@ -121,4 +121,9 @@ def best_rate(plan: Plan, lines: dict[Run, dict[str, Any]], dataset: str, loss: 
         behind = found[best]["exact_match"] - found[rate]["exact_match"]
         return behind <= 2 * math.sqrt(variance(rate) + variance(best))
 
-    return min(filter(equal, plan.rates), key=lambda rate: found[rate]["nll"])
+    return min(filter(equal, plan.rates), key=lambda rate: finite(found[rate]["nll"]))
+
+
+def finite(nll: float) -> float:
+    """NaN, of a training that diverged, as infinity, which is worse than any other."""
+    return math.inf if math.isnan(nll) else nll

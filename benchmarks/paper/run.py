@@ -83,12 +83,14 @@ class Experiment:
         import torch
         from answers import load_tokenizer
         from tasks import prepare, task
+        from training import weights_of
         from transformers import AutoConfig
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         self.plan, self.work, self.file = plan, args.work, args.results / "runs.jsonl"
         self.model, self.progress = args.model, progress
+        self.weights = weights_of(args.model)
         self.model_name = Path(args.model).name if Path(args.model).exists() else args.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_config = AutoConfig.from_pretrained(args.model)
@@ -113,6 +115,7 @@ class Experiment:
 
     def line(self, stage: str, dataset: str, run: Run | None) -> Line:
         """The line of a run: found among the results, or made and added to them."""
+        from tasks import digest_of
         from training import config_of, name_of, steps_of, train
 
         plan, task, data = self.plan, self.tasks[dataset], self.data[dataset]
@@ -120,7 +123,7 @@ class Experiment:
         name = f"{dataset}-untrained"
         if run:
             config = config_of(run, plan, task, data, self.model, self.model_config, self.tokens, self.device == "cuda")
-            name = name_of(run, config, self.model_name, data)
+            name = name_of(run, config, self.weights, data)
         line: Line = {
             "stage": stage,
             "run": name,
@@ -137,6 +140,8 @@ class Experiment:
             "validation_examples": len(data.valid),
             "test_examples": len(data.test),
             "new_tokens": min(task.new_tokens, plan.new_tokens or task.new_tokens),
+            "rates": " ".join(f"{rate:g}" for rate in plan.rates),
+            "inputs": digest_of(self.weights, data.inputs),
         }
         if found := self.done.get(key_of(line)):
             self.count(stage, dataset, run, None)

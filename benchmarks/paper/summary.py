@@ -10,11 +10,22 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from plans import CROSS_ENTROPY, LOSSES, PAPER
+from plans import CROSS_ENTROPY, LOSSES, PAPER, finite
 
 Line = dict[str, Any]
 # What two lines must share to be compared.
-SETTING = ("model", "dataset", "train_examples", "steps", "batch", "validation_examples", "test_examples", "new_tokens")
+SETTING = (
+    "model",
+    "dataset",
+    "train_examples",
+    "steps",
+    "batch",
+    "validation_examples",
+    "test_examples",
+    "new_tokens",
+    "rates",  # that were tried
+    "inputs",  # a digest of the model's weights and of all rows
+)
 FORMULAS = (
     "iou",
     "equivalent_iou",
@@ -69,10 +80,8 @@ def paired_p(differences: Sequence[float]) -> float | None:
     """Of a two-sided paired t-test over the seeds."""
     if len(differences) < 2:
         return None
-    if not any(differences):
-        return 1.0
-    if stdev(differences) == 0:
-        return None  # the same difference for every seed: the test's statistic is infinite
+    if stdev(differences) < 1e-9:  # rounding: one difference for every seed, and the test's statistic is infinite
+        return None if abs(fmean(differences)) > 1e-9 else 1.0
     from scipy.stats import ttest_1samp  # comes with Axolotl
 
     return float(ttest_1samp(differences, 0.0).pvalue)
@@ -81,7 +90,8 @@ def paired_p(differences: Sequence[float]) -> float | None:
 class Setting:
     """The final runs of one model on one dataset that differ in loss, seed and learning rate alone.
 
-    Where a loss and a seed have two lines, as after a change of the rule for the rate, the later one counts."""
+    Of two lines of a loss and a seed the later one counts, as after a change of the rule for the rate.
+    """
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self.about = {name: lines[0][name] for name in SETTING}
@@ -119,8 +129,10 @@ class Setting:
     def headline(self) -> dict[str, str]:
         """The paper's way, the best of the four on the test set itself, and the honest way, by the validation rows."""
         return {
-            "test": self.best(lambda line: (line["exact_match"], -line["nll"])),
-            "validation": self.best(lambda line: (line["validation"]["exact_match"], -line["validation"]["nll"])),
+            "test": self.best(lambda line: (line["exact_match"], -finite(line["nll"]))),
+            "validation": self.best(
+                lambda line: (line["validation"]["exact_match"], -finite(line["validation"]["nll"]))
+            ),
         }
 
     def gain(self, loss: str) -> float | None:
@@ -242,7 +254,8 @@ def _headline(found: Sequence[Setting]) -> list[str]:
     for values in gains.values():
         defined = [value for value in values if value is not None]
         means.append(_gain(fmean(defined)) if defined else "not defined")
-    rows.append(["mean", *means])
+    if len(ready) > 1:
+        rows.append(["mean where it is defined", *means])
     return [
         "### Relative gain in exact match over cross_entropy",
         "",

@@ -47,13 +47,17 @@ def task(name: str) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The rows of the three splits, a file of those to train on, and where they come from."""
+    """The rows of the three splits, a file of those to train on, and where they come from.
+
+    ``digest`` is one of the rows to train on, ``inputs`` one of all rows.
+    """
 
     train: list[Row]
     valid: list[Row]
     test: list[Row]
     file: Path
     digest: str
+    inputs: str
     sources: dict[str, str]
 
 
@@ -70,13 +74,17 @@ def prepare(task: Task, folder: Path | None, work: Path, train: int | None, vali
     if not kept["valid"]:
         sources["valid"] = f"{sources['train']}, held out"
         kept["valid"], kept["train"] = kept["train"][:valid], kept["train"][valid:]
-    chosen = kept["train"][:train]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    chosen = kept["train"][:train], kept["valid"][:valid], kept["test"][:test]
+    text, *others = ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for rows in chosen)
+    digest, inputs = digest_of(text), digest_of(text, *others)
     file = work / "data" / f"{task.name}-{digest}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    return Data(chosen, kept["valid"][:valid], kept["test"][:test], file, digest, sources)
+    return Data(*chosen, file, digest, inputs, sources)
+
+
+def digest_of(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def _shuffled(rows: Iterable[Row]) -> list[Row]:

@@ -73,10 +73,22 @@ def config_of(
     return config
 
 
-def name_of(run: Run, config: dict[str, Any], model_name: str, data: Data) -> str:
+def weights_of(model: str) -> str:
+    """Tells models apart whose folders have one name: a digest of config and weights. Of the hub: the name itself."""
+    if not (folder := Path(model)).exists():
+        return model
+    digest = hashlib.sha256()
+    for path in sorted(path for end in ("config.json", "*.safetensors", "*.bin") for path in folder.glob(end)):
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def name_of(run: Run, config: dict[str, Any], weights: str, data: Data) -> str:
     """The same for the same training, on any machine; the folder of the run is called so."""
     known = {key: value for key, value in config.items() if key not in PLACES}
-    text = json.dumps([model_name, data.digest, known], sort_keys=True)
+    text = json.dumps([weights, data.digest, known], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{run.dataset}-{run.loss.replace(':', '-')}-seed{run.seed}-lr{run.rate:g}-{digest}"
 

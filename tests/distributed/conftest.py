@@ -85,7 +85,7 @@ def steps_of(start_processes, tmp_path):
 def pytest_terminal_summary(terminalreporter, config):
     """What ran, as a table; into the file that COMPATIBILITY names, too, which the README's table is made from."""
     rows = []
-    for outcome in ("passed", "failed"):
+    for outcome in ("skipped", "passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             setups = [value for name, value in getattr(report, "user_properties", []) if name == "setup"]
             rows += [{**setup, "result": outcome} for setup in setups]
@@ -98,9 +98,10 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("  ".join(str(row[name]).ljust(widths[name]) for name in columns))
     if path := os.environ.get("COMPATIBILITY"):
         versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-        # What ran before with the same versions stays, where it did not run again.
+        # What ran before with the same versions stays, where it was not to run again.
         before = json.loads(Path(path).read_text()) if Path(path).exists() else {}
         kept = before["setups"] if before.get("versions") == versions else []
         found = {tuple(row[name] for name in COLUMNS): row for row in [*kept, *rows]}
+        setups = [row for row in found.values() if row["result"] != "skipped"]
         Path(path).parent.mkdir(exist_ok=True)
-        Path(path).write_text(json.dumps({"versions": versions, "setups": list(found.values())}, indent=1) + "\n")
+        Path(path).write_text(json.dumps({"versions": versions, "setups": setups}, indent=1) + "\n")

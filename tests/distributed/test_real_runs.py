@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import GUEST_MIX
+from helpers import GUEST_MIX, nll_of
 from one_step import zero
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 needs_axolotl = pytest.mark.skipif(find_spec("axolotl") is None, reason="Axolotl is not installed")
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
@@ -50,6 +51,7 @@ class Runs:
 
     host: str
     script: str
+    first_evaluated = 0  # of the rows to test with
 
     def __init__(self, start_processes, make_config, files, folder):
         self.start_processes, self.make_config, self.data, self.folder = start_processes, make_config, files, folder
@@ -135,6 +137,7 @@ class TrainerRuns(ScriptRuns):
 
     host = "transformers Trainer"
     script = "train_trainer.py"
+    first_evaluated = 1
 
 
 HOSTS = {
@@ -171,7 +174,7 @@ WAYS = [
 @pytest.mark.matrix
 @pytest.mark.parametrize(("sharding", "packing", "adapter"), WAYS)
 @pytest.mark.parametrize("runs", HOSTS.values(), ids=HOSTS, indirect=True)
-def test_two_processes(runs, sharding, packing, adapter, record_property):
+def test_two_processes(runs, sharding, packing, adapter, problems, record_property):
     way = {"packing": packing, "adapter": adapter}
     for ran in "1 process", sharding:
         record_property("setup", {"host": runs.host, "sharding": ran, **way})
@@ -206,6 +209,10 @@ def test_two_processes(runs, sharding, packing, adapter, record_property):
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.split()[-2:-1] == ["generated"], done.stderr[-3000:]
+    folder = runs.output(whole) / ("merged" if adapter == "LoRA" else "")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(runs.data / "model")
+    nll = nll_of(model, tokenizer, problems["test"][runs.first_evaluated :])
+    assert nll == pytest.approx(evaluated[-1]["eval_cv_loss/nll"], rel=1e-3)
 
 
 @pytest.mark.hosts

@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import NEEDS_MORE
+from helpers import NEEDS_MORE, nll_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -51,20 +50,6 @@ def check_log(history, weights, evaluations, learns):
         assert {f"eval_cv_loss/{name}" for name in (*weights, "nll")} <= entry.keys()
         assert entry["eval_ppl"] == pytest.approx(math.exp(entry["eval_cv_loss/nll"]))
     assert evaluated[-1]["eval_cv_loss/nll"] < evaluated[0]["eval_cv_loss/nll"] - learns
-
-
-def nll_of(model, tokenizer, rows):
-    """Mean NLL of the completions, one row at a time, with nothing of ours."""
-    total, count = 0.0, 0
-    for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        with torch.no_grad():
-            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        for i in range(len(prompt), len(ids)):
-            total -= float(logp[i - 1, ids[i]])
-            count += 1
-    return total / count
 
 
 @pytest.mark.hosts

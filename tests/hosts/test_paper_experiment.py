@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,10 @@ def wait_for(condition, process, folder, seconds=600):
         time.sleep(0.1)
 
 
+def log_of(loss, folder):
+    return "".join(path.read_text() for path in (folder / "work").glob(f"runs/*/*{loss}*/train.log"))
+
+
 def lines(folder):
     path = folder / "work" / "results" / "runs.jsonl"
     return [json.loads(text) for text in path.read_text().split("\n")[:-1]] if path.exists() else []
@@ -42,10 +47,11 @@ def test_smoke_killed_in_the_second_training_and_started_again(tmp_path):
     try:
         # The untrained model and the first loss are done, and Axolotl trains with the second.
         wait_for(lambda: len(lines(tmp_path)) == 2, process, tmp_path)
-        wait_for(lambda: list((tmp_path / "work").glob("runs/*/*lovasz*/attempt-*")), process, tmp_path)
+        wait_for(lambda: re.search(r"\b[1-5]/6 \[", log_of("lovasz", tmp_path)), process, tmp_path)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    assert not list((tmp_path / "work").glob("runs/*/*lovasz*/trained.json"))
     before = lines(tmp_path)
     assert [line["loss"] for line in before] == [None, "cross_entropy"]
 
@@ -62,6 +68,9 @@ def test_smoke_killed_in_the_second_training_and_started_again(tmp_path):
     assert first["nll"] < untrained["nll"]
     assert second["nll"] < untrained["nll"]
     assert first["nll"] != second["nll"]
+    # Before the first update the losses see the same batch and the same model.
+    logs = [log_of(loss, tmp_path) for loss in ("cross_entropy", "lovasz")]
+    assert len({re.search(r"'cv_loss/nll': '?([\d.]+)", log)[1] for log in logs}) == 1
     for line in after:
         assert {"stage", "dataset", "mix", "reference", "seed", "lr", "train_examples", "steps"} <= line.keys()
         assert {"exact_match", "nll", "machine", "versions", "validation", "test"} <= line.keys()

@@ -1,15 +1,13 @@
 """The snippets of the README's section on TRL, transformers and plain loops run, on a tiny model."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
+from helpers import snippet
 from transformers import Trainer, TrainingArguments
 
 from axolotl_cvloss import Objective, install
 
-README = Path(__file__).parents[2] / "README.md"
 # What a machine without a GPU and a test of seconds need.
 SMALL = {
     "bf16": False,
@@ -21,19 +19,6 @@ SMALL = {
     "report_to": "none",
     "learning_rate": 1e-2,
 }
-
-
-def snippets():
-    section = README.read_text(encoding="utf-8").split("\n## TRL, transformers and plain loops\n")[1].split("\n## ")[0]
-    return [part.split("```")[0] for part in section.split("```python\n")[1:]]
-
-
-def snippet(word, *replacements):
-    (code,) = [code for code in snippets() if word in code]
-    for old, new in replacements:
-        assert code.count(old) == 1
-        code = code.replace(old, new)
-    return code
 
 
 @pytest.fixture

@@ -249,29 +249,28 @@ def test_best_model_by_nll(make_trainer):
 
 
 class Break(TrainerCallback):
-    """Put a NaN into the model before a step."""
+    """Put a NaN, or an infinity, into the model before a step."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, value=math.nan):
+        self.step, self.value = step, value
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 == self.step:
             with torch.no_grad():
-                model.lm_head.weight[7, 0] = math.nan
+                model.lm_head.weight[7, 0] = self.value
 
 
-@pytest.mark.parametrize("filtered", [True, False])
-def test_nan_is_reported_once_and_stays_visible(filtered, make_trainer, caplog):
+@pytest.mark.parametrize(("filtered", "value"), [(True, math.nan), (False, math.nan), (False, -math.inf)])
+def test_nan_is_reported_once_and_stays_visible(filtered, value, make_trainer, caplog):
     """Trainer replaces a NaN of its own loss by the mean of the others, unless told not to."""
-    trainer = make_trainer(
-        SEQUENCE_MIX, rows(16), callbacks=[Break(3)], max_steps=6, logging_steps=2, logging_nan_inf_filter=filtered
-    )
+    options = {"max_steps": 6, "logging_steps": 2, "logging_nan_inf_filter": filtered}
+    trainer = make_trainer(SEQUENCE_MIX, rows(16), callbacks=[Break(3, value)], **options)
     trainer.train()
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("axolotl_cvloss.hosts")]
     assert "cross_entropy, lovasz, nll became NaN or infinite in step 3 on rank 0" in message
     first, *others = [entry["cv_loss/nll"] for entry in history(trainer)]
     assert math.isfinite(first)
-    assert all(math.isnan(value) for value in others)
+    assert not any(math.isfinite(value) for value in others)
 
 
 def test_nan_in_an_evaluation(make_trainer, caplog):
