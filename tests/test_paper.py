@@ -462,6 +462,26 @@ def test_the_committed_table_is_that_of_the_committed_lines():
     assert (folder / "table.md").read_text() == summary.markdown(summary.read(folder / "runs.jsonl"))
 
 
+def test_the_committed_rates_follow_the_rule():
+    import plans
+    import summary
+
+    lines = summary.read(FOLDER / "results" / "runs.jsonl")
+    found = summary.settings(lines)
+    for setting in found:
+        about = setting.about
+        swept = {
+            plans.Run(line["dataset"], line["loss"], line["seed"], line["lr"]): line
+            for line in lines
+            if line["stage"] == "sweep" and all(line[name] == about[name] for name in summary.SETTING)
+        }
+        plan = make_plan(rates=tuple(map(float, about["rates"].split())))
+        for loss in setting.losses:
+            rate = plans.best_rate(plan, swept, about["dataset"], loss)
+            assert set(setting.values(loss, lambda line: line["lr"])) == {rate}
+    assert found
+
+
 # Options, and the task files of lm-evaluation-harness
 
 
