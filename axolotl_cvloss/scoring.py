@@ -66,11 +66,11 @@ TASKS = NUMBERS + LETTERS
 # A minus after a digit or a bracket is a subtraction. More than 30 digits in a row are no number.
 _SIGN = "[-+\u2212\u2013]?"  # a hyphen, a minus, a dash
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?!\d)"
-_PLAIN = rf"{_DIGITS}(?:\.\d{{0,30}}(?!\d))?"
+_DECIMAL = rf"{_DIGITS}(?:\.\d{{0,30}}(?!\d))?"
 _NUMBER = re.compile(
     rf"""(?<![\w)])(?<!\d[,.])(?P<sign>{_SIGN})(?:[$€£]\ ?(?P<sign2>{_SIGN}))?(?:
-        (?:(?P<whole>{_DIGITS})\ )?(?P<above>{_PLAIN})\ ?/\ ?(?P<sign3>{_SIGN})(?P<below>{_PLAIN})
-        |(?P<decimal>{_PLAIN}|\.\d{{1,30}}(?!\d))(?P<exponent>[eE][-+]?\d{{1,3}}(?!\d))?
+        (?:(?P<whole>{_DIGITS})\ )?(?P<above>{_DECIMAL})\ ?/\ ?(?P<sign3>{_SIGN})(?P<below>{_DECIMAL})
+        |(?P<decimal>{_DECIMAL}|\.\d{{1,30}}(?!\d))(?P<exponent>[eE][-+]?\d{{1,3}}(?!\d))?
     )(?![,.]?\d)""",
     re.VERBOSE,
 )
@@ -92,11 +92,11 @@ _MOST_BRACKETS = 20
 
 def number(text: str) -> Fraction | None:
     """The first number of the text: '$1,234.50' -> 1234.5, '-1/2' -> -0.5, '5%' -> 5, 'five' -> None."""
-    found = _NUMBER.search(_plain(text))
+    found = _NUMBER.search(_without_latex(text))
     return _value(found) if found else None
 
 
-def _plain(text: str) -> str:
+def _without_latex(text: str) -> str:
     return _FRAC.sub(r"\1/\2", text)
 
 
@@ -123,7 +123,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    *_, last = (None, *_NUMBER.finditer(_plain(text)))
+    *_, last = (None, *_NUMBER.finditer(_without_latex(text)))
     return _value(last) if last else None
 
 

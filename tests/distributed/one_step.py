@@ -102,6 +102,9 @@ def zero(stage):
     return {"zero_optimization": optimization, **options, **sizes}
 
 
+ZERO = {f"ZeRO-{stage}": {"deepspeed": zero(stage)} for stage in (2, 3)}  # arguments, by sharding
+
+
 def weights(model):
     import deepspeed
 
@@ -116,7 +119,7 @@ def run(case, folder, world):
     fsdp |= {"transformer_layer_cls_to_wrap": layers, "cpu_ram_efficient_loading": False}
     # DeepSpeed keeps no gradients. With SGD and a rate of 1 the gradient of a step is what the weights lose.
     sgd = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
-    shardings = {f"ZeRO-{stage}": {"deepspeed": zero(stage), **sgd} for stage in (2, 3)}
+    shardings = {name: {**arguments, **sgd} for name, arguments in ZERO.items()}
     shardings |= {"fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}}
     model = make_model(getattr(torch, case["dtype"]), case["head_unit"], case["adapter"])
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import GUEST_MIX, nll_of
-from one_step import zero
+from one_step import ZERO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 needs_axolotl = pytest.mark.skipif(find_spec("axolotl") is None, reason="Axolotl is not installed")
@@ -26,7 +26,6 @@ LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_t
 # How checkpoints are kept. A gathered one of an adapter is not wholly restored by accelerate 1.13, with or without us.
 CHECKPOINTS = {"full": "FULL_STATE_DICT", "LoRA": "SHARDED_STATE_DICT"}
 PROCESSES = {"1 process": 1, "DDP": 2, "FSDP2": 2, "ZeRO-2": 2, "ZeRO-3": 2}  # by sharding
-ZERO = {"ZeRO-2": {"deepspeed": zero(2)}, "ZeRO-3": {"deepspeed": zero(3)}}
 
 # A process that cannot import the plugin.
 GENERATE = """
