@@ -9,7 +9,7 @@ from typing import Any
 CROSS_ENTROPY = "cross_entropy"
 PAPER = ("focal", "generalized_dice", "self_adjusting_dice", "lovasz")  # the four that the paper compares with it
 REFERENCE = ":reference"  # behind a loss: as the paper's code computes it, with its slips
-LOSSES = (CROSS_ENTROPY, *PAPER, "dice", "tversky", "generalized_dice" + REFERENCE)
+LOSSES = (CROSS_ENTROPY, *PAPER, "dice", "tversky", "dft", "generalized_dice" + REFERENCE)
 
 
 def objective(loss: str) -> dict[str, Any]:
@@ -57,10 +57,10 @@ PLANS = {
         losses=(CROSS_ENTROPY, "lovasz"),
         seeds=(0,),
         rates=(3e-3,),
-        train=224,
+        train=160,
         valid=16,
         test=48,
-        steps=56,
+        steps=40,
         batch=4,
         eval_batch=16,
         new_tokens=100,
