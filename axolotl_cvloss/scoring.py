@@ -18,7 +18,7 @@ All are means over the examples, from 0 to 1 (extra_steps may be above 1). P and
 do not count for the metrics of formulas; ``formula_examples`` says how many do.
 
 exact_match        the final answer is the reference's, by value: ``#### $1,234.50`` is 1234.5, ``#### 48 + 24 = 72`` is
-                   72. For letters: accuracy
+                   72. For letters: accuracy, by the first line
 flexible_match     the same, with the last number of the text where there is no ``####`` with a number
 no_answer          no answer was found where exact_match looks for it
 iou                |P & L| / |P | L|
@@ -30,7 +30,7 @@ equivalent_iou     iou of the formulas up to order: two are the same where one b
                    products (also the arguments of add and multiply), and the results are the same numbers
 wrong_operators    the share of P - L that has the operands of a formula of L - P, in its order, and other operators
 inverted_operands  the share of P - L that has the operators of a formula of L - P and its operands in another order,
-                   which matters (``2-5`` for ``5-2``)
+                   where the order matters (``2-5`` for ``5-2``, but not ``2+5`` for ``5+2``), whatever the results
 missing_steps      |L - P| / |L|
 extra_steps        |P - L| / |L|
 repetitions        1 - |P| / (number of predicted formulas)
@@ -81,7 +81,9 @@ _LEADING = re.compile(rf"\W*{_LETTER}(?P<rest>.*)")
 _ANNOUNCED = re.compile(
     rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\W{{0,3}}(?:{_LETTER}(?P<rest>.*)|(?P<small>[a-h])\W*$)"
 )
-_SECOND = re.compile(rf"\W*(?:,|/|&|\band\b|\bor\b)\W*{_LETTER}")
+_SECOND = re.compile(rf"\W*(?:,|/|&|\band\b|\bor\b|\bvs\b)\W*{_LETTER}")
+_REJECTED = re.compile(rf"(?:(?i:option|choice) )?\W?{_LETTER}\W? is (?:not|wrong|incorrect|false)\b[^.,;]*[.,;]?\s*")
+_NOT_AN_ARTICLE = re.compile(r" (?:is|because|since)\b")  # "A is right", where "A marsh" is no choice
 _LIST = re.compile(rf"(?:\W+{_LETTER})+\W*")
 _LONGEST_FORMULA = 200  # characters; longer ones are compared as text
 _MOST_BRACKETS = 20
@@ -115,11 +117,15 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number on the rest of the line after the first ``####``, in an equation that after the last ``=``."""
+    """The number after the first ``####``, up to the end of the line, a formula or the next ``####``.
+
+    In an equation it is the last side that is one number, not a calculation.
+    """
     _, mark, after = text.partition("####")
-    line = (after.strip().splitlines() or [""])[0] if mark else ""
+    line = (re.split("####|<<", after)[0].strip().splitlines() or [""])[0] if mark else ""
     sides = [re.sub(rf"^\s*({_SIGN})\s*", r"\1", side) for side in line.split("=")]  # "- 3" is a negative number here
-    return next((found for side in reversed(sides) if (found := number(side)) is not None), None)
+    results = [side for side in sides if len(_NUMBER.findall(_without_latex(side))) == 1]
+    return next((found for side in results[-1:] or sides if (found := number(side)) is not None), None)
 
 
 def last_number(text: str) -> Fraction | None:
@@ -132,11 +138,11 @@ def letter(text: str) -> str | None:
     text = text.strip()
     if alone := re.fullmatch(r"\W*([a-h])\W*", text):
         return alone[1].upper()
-    line = text.partition("\n")[0]
+    line = _REJECTED.sub("", text.partition("\n")[0])
     found = _LEADING.match(line) or _ANNOUNCED.search(line)
     if not found or not found[1]:
         return found and found["small"].upper()
-    if found[1] == "A" and re.match(r" [a-z]", found["rest"]):  # an article
+    if found[1] == "A" and re.match(r" [a-z]", found["rest"]) and not _NOT_AN_ARTICLE.match(found["rest"]):
         return None
     second = _SECOND.match(found["rest"])
     others = re.findall(_LETTER, found["rest"]) if _LIST.fullmatch(found["rest"]) else [second[1]] if second else []
@@ -255,8 +261,10 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def _slip(formula: str, missed: Iterable[str]) -> str | None:
+    """Whether it is a missed formula with other operators or with operands inverted; the results do not count."""
+    left = _sides(formula)[0]
     operators, operands = operators_and_operands(formula)
-    others = [operators_and_operands(other) for other in missed if not equivalent(formula, other)]
+    others = [operators_and_operands(other) for other in missed if not equivalent(left, _sides(other)[0])]
     if any(operands == there and operators != signs for signs, there in others):
         return "operators"
     if any(operators == signs and operands != there and sorted(operands) == sorted(there) for signs, there in others):
@@ -299,16 +307,16 @@ def score(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def score_file(path: str | Path) -> dict[str, dict[str, float]]:
     """`score` of a JSONL file. A ValueError names the file and the line that is wrong."""
-    text = Path(path).read_text(encoding="utf-8").rstrip()
+    text = Path(path).read_bytes().rstrip()
     if not text:
         raise ValueError(f"{path} has no predictions; each line is a JSON object with task, prediction and reference")
     try:
-        return score(_parse(line, i) for i, line in enumerate(text.split("\n"), start=1))
+        return score(_parse(line, i) for i, line in enumerate(text.split(b"\n"), start=1))
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from error
 
 
-def _parse(line: str, number_of_line: int) -> Any:
+def _parse(line: bytes, number_of_line: int) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:

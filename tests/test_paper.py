@@ -346,6 +346,8 @@ def line(loss, seed, exact, nll=1.0, valid=None, stage="final", **more):
         "test_examples": 40,
         "new_tokens": 4,
         "rates": "0.001",
+        "sweep_seed": None,
+        "device": "cpu",
         "inputs": "digest",
         "loss": loss,
         "seed": seed,
@@ -423,8 +425,8 @@ def test_settings_are_not_mixed():
 
     longer = [{**line, "steps": 500} for line in results()]
     assert len(summary.settings(results() + longer)) == 2
-    others = [{**line, "inputs": "of another model in a folder of the same name"} for line in results()]
-    assert len(summary.settings(results() + others)) == 2
+    for other in {"inputs": "another model in a folder of this name"}, {"sweep_seed": 3}, {"device": "cuda"}:
+        assert len(summary.settings(results() + [{**line, **other} for line in results()])) == 2
     assert summary.markdown([]) == "No finished runs yet.\n"
 
 
@@ -490,6 +492,9 @@ def test_the_committed_rates_follow_the_rule():
         ([], "one of the arguments"),
         (["--quick", "--model=m", "--losses", "lovas"], "lovasz"),
         (["--quick", "--model=m", "--datasets", "gsm"], "invalid choice"),
+        (["--quick", "--model=m", "--valid", "0"], "0 is less than 1"),
+        (["--quick", "--model=no/such/folder"], "--model no/such/folder: there is no such folder"),
+        (["--quick", "--model=/nowhere"], "--model /nowhere: there is no such folder"),
     ],
 )
 def test_wrong_options(options, message, monkeypatch, capsys):
@@ -499,6 +504,18 @@ def test_wrong_options(options, message, monkeypatch, capsys):
     with pytest.raises((SystemExit, ValueError)) as caught:
         run.main()
     assert message in str(caught.value) + capsys.readouterr().err
+
+
+def test_missing_rows_are_told_without_a_traceback(request, tmp_path, monkeypatch):
+    import run  # before the tiny model, whose demo has a module of that name, too
+
+    tiny = request.getfixturevalue("tiny")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    options = f"--quick --model {tiny.folder} --data {empty} --work {tmp_path} --results {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["run.py", *options.split()])
+    with pytest.raises(SystemExit, match=r"no gsm8k_train\.jsonl"):
+        run.main()
 
 
 def test_options_change_the_plan(monkeypatch):
@@ -567,14 +584,13 @@ def test_the_harness_gives_the_same_scores(name, split, rows, tiny, tmp_path):
     example = tasks.task(name).example
     assert generation(name)["max_gen_toks"] == tasks.NEW_TOKENS[name]
     pairs = [pair for pair in map(example, rows) if pair]
-    if name == "gsm8k":  # so that not everything is zero: the model learns the answers by heart
-        learn(tiny, pairs)
+    learn(tiny, [*pairs[:-1], (pairs[-1][0], "")])  # right answers, and one that is none
     expected = answers.evaluate(name, tiny.model, tiny.tokenizer, pairs, 4, 16, tmp_path / "own.jsonl", lambda done: 0)
     folder = write(tmp_path, rows=rows)
     found = harness(tiny, tmp_path, name, {split: str(folder / "rows.jsonl")})
     for metric in expected.keys() - {"nll", "examples", "formula_examples"}:
         assert found[metric] == pytest.approx(expected[metric]), metric
-    assert (expected["exact_match"] > 0) == (name == "gsm8k")
+    assert 0 < expected["exact_match"] < 1
 
 
 def learn(tiny, pairs):

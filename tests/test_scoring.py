@@ -70,6 +70,13 @@ from axolotl_cvloss.scoring import canonical, equivalent, final_number, formulas
         (r"#### $\frac{1}{2}$", 0.5),
         (r"#### -\dfrac{3}{4}.", -0.75),
         ("#### 1.2.3", None),
+        ("<<48+24=72>> #### 72 <<72+1=73>> #### 73", 72),
+        ("#### 72 #### 8=8", 72),
+        ("#### 38 <<x=5>>", 38),
+        ("#### 5 = 3 + 2", 5),
+        ("#### - 3 or 4", -3),
+        ("#### x = 5-3", 5),
+        ("#### 2 + 3 = 3 + 2", 2),  # no side is one number: the first
     ],
 )
 def test_final_number(text, value):
@@ -137,6 +144,17 @@ def test_last_number(text, value):
         ("The correct option is B", "B"),
         ("Choice (d).", "D"),
         ("the answer is a dog", None),
+        ("A is the answer", "A"),
+        ("A because of fog", "A"),
+        ("A is not right, the answer is B", "B"),
+        ("Option B is wrong, the answer is C", "C"),
+        ("B is wrong. C", "C"),
+        ("(B) is incorrect; (D)", "D"),
+        ("B is wrong", None),
+        ("B is right", "B"),
+        ("B vs C", None),
+        ("B vs. C", None),
+        ("1.\nThe answer is: A", None),  # the first line alone
     ],
 )
 def test_letter(text, choice):
@@ -283,6 +301,10 @@ NOTHING = {"missing_steps": 1}
         ("<<1+2=4>>", "<<1+2=3>>", {"missing_steps": 1, "extra_steps": 1}),  # only the result is wrong
         ("<<2-5=3>>", "<<5-2=3>>", {"inverted_operands": 1, "missing_steps": 1, "extra_steps": 1}),
         ("<<2-5=3>> <<7+7=14>>", "<<5-2=3>>", {"inverted_operands": 1 / 2, "missing_steps": 1, "extra_steps": 2}),
+        ("<<2-5=9>>", "<<5-2=3>>", {"inverted_operands": 1, "missing_steps": 1, "extra_steps": 1}),
+        ("<<2+5=8>>", "<<5+2=7>>", {"missing_steps": 1, "extra_steps": 1}),  # a sum has no order
+        ("<<1.5*5=6>>", "<<5*1.50=7.50>>", {"missing_steps": 1, "extra_steps": 1}),
+        ("<<2+3-1=9>>", "<<3+2-1=4>>", {"missing_steps": 1, "extra_steps": 1}),
         ("<<divide(n1,n0)>>", "<<divide(n0,n1)>>", {"inverted_operands": 1, "missing_steps": 1, "extra_steps": 1}),
         ("<<subtract(n0,n1)>>", "<<add(n0,n1)>>", {"wrong_operators": 1, "missing_steps": 1, "extra_steps": 1}),
         ("<<add(n1,n0)>>", "<<add(n0,n1)>>", {"equivalent_iou": 1, "missing_steps": 1, "extra_steps": 1}),
@@ -352,6 +374,15 @@ def test_what_is_wrong_with_a_file(tmp_path, line, message):
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=rf"predictions.jsonl, {message}"):
+        scoring.score_file(path)
+
+
+def test_bytes_that_are_no_text_and_a_byte_order_mark(tmp_path):
+    path, good = tmp_path / "predictions.jsonl", json.dumps(GOOD).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + good + b"\n\n")
+    assert scoring.score_file(path)["gsm8k"]["examples"] == 2
+    path.write_bytes(good + b"\n" + good.replace(b"3", b"\xff") + b"\n")
+    with pytest.raises(ValueError, match=r"predictions.jsonl, line 2: not JSON: 'utf-8' codec"):
         scoring.score_file(path)
 
 

@@ -33,7 +33,9 @@ def load_model(model: str, adapter: Path | None, device: str) -> PreTrainedModel
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     if adapter:
-        loaded = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
+        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        if dtype == torch.float32:  # merged into bfloat16, much of a small adapter would be rounded away
+            loaded = loaded.merge_and_unload()
     return loaded.to(device).eval()
 
 

@@ -1,6 +1,6 @@
 """The paper's experiment: the same model, data, steps and seeds with each loss, through `axolotl train`, and scored.
 
-    python benchmarks/paper/run.py --smoke                                       # a tiny random model, under a minute
+    python benchmarks/paper/run.py --smoke                                       # a tiny random model, 2 minutes
     python benchmarks/paper/run.py --quick --model DIR --data DIR                # 20 minutes on 2 cores with 135M
     python benchmarks/paper/run.py --full --model HuggingFaceTB/SmolLM2-1.7B     # one GPU
     python benchmarks/paper/run.py --report                                      # table and figure from the JSON lines
@@ -14,11 +14,13 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +53,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"default of --full: {' '.join(LOSSES)}")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="more than one: a sweep per loss")
-    parser.add_argument("--train", type=int, metavar="N", help="rows to train on")
-    parser.add_argument("--valid", type=int, metavar="N", help="rows to choose learning rates and losses by")
-    parser.add_argument("--test", type=int, metavar="N", help="rows to score")
-    parser.add_argument("--steps", type=int, metavar="N", help="0: the epochs of the paper's recipe")
-    parser.add_argument("--batch", type=int, metavar="N")
-    parser.add_argument("--eval-batch", type=int, metavar="N")
-    parser.add_argument("--new-tokens", type=int, metavar="N", help="at most so many tokens for an answer")
+    parser.add_argument("--train", type=at_least(1), metavar="N", help="rows to train on")
+    parser.add_argument("--valid", type=at_least(1), metavar="N", help="rows to choose learning rates and losses by")
+    parser.add_argument("--test", type=at_least(1), metavar="N", help="rows to score")
+    parser.add_argument("--steps", type=at_least(0), metavar="N", help="0: the epochs of the paper's recipe")
+    parser.add_argument("--batch", type=at_least(1), metavar="N")
+    parser.add_argument("--eval-batch", type=at_least(1), metavar="N")
+    parser.add_argument("--new-tokens", type=at_least(1), metavar="N", help="at most so many tokens for an answer")
     args = parser.parse_args()
     if not args.report and args.plan != "smoke" and not args.model:
         parser.error("--model is needed: a folder or a name on the hub")
+    if args.model and not Path(args.model).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", args.model):
+        parser.error(f"--model {args.model}: there is no such folder, and it is no name on the hub")
+    if find_spec("matplotlib") is None:  # said here, not after hours
+        parser.error("the figure needs matplotlib: pip install matplotlib")
     return args
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return whole_number
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -141,6 +156,8 @@ class Experiment:
             "test_examples": len(data.test),
             "new_tokens": min(task.new_tokens, plan.new_tokens or task.new_tokens),
             "rates": " ".join(f"{rate:g}" for rate in plan.rates),
+            "sweep_seed": plan.seeds[0] if len(plan.rates) > 1 else None,
+            "device": self.device,
             "inputs": digest_of(self.weights, data.inputs),
         }
         if found := self.done.get(key_of(line)):
@@ -150,9 +167,8 @@ class Experiment:
         says = f"{stage}: {run}" if run else f"untrained: {dataset}"
         adapter, line["train_seconds"] = None, 0.0
         if run:
-            prepared = self.work / "prepared" / data.file.stem
             adapter, line["train_seconds"] = train(
-                config, folder, prepared, lambda step: self.show(f"{says}, step {step} of {config['max_steps']}")
+                config, folder, lambda step: self.show(f"{says}, step {step} of {config['max_steps']}")
             )
         trained = time.monotonic()
         line |= self.scores(line, adapter, folder, lambda text: self.show(f"{says}, {text}"))
@@ -274,7 +290,11 @@ def main() -> None:
         with Progress(
             *columns, TextColumn("{task.description}{task.fields[left]}", markup=False), console=console
         ) as progress:
-            Experiment(args, plan, progress).everything()
+            try:
+                experiment = Experiment(args, plan, progress)
+            except OSError as error:  # no such rows, no such model
+                sys.exit(str(error))
+            experiment.everything()
     print(summarize(args.results))
     console.print(f"in {args.results}: {', '.join(sorted(path.name for path in args.results.iterdir()))}")
 

@@ -1,4 +1,4 @@
-"""The JSON lines of the runs, and the table and the figure made of them. Needs neither torch nor a host."""
+"""The JSON lines of the runs, and the table and the figure made of them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ SETTING = (
     "test_examples",
     "new_tokens",
     "rates",  # that were tried
+    "sweep_seed",  # with which they were tried
+    "device",  # on a GPU the base model is in bfloat16
     "inputs",  # a digest of the model's weights and of all rows
 )
 FORMULAS = (
@@ -227,7 +229,8 @@ def markdown(lines: Sequence[Line], formulas: bool = True) -> str:
             "",
             f"{about['train_examples']} training examples, {about['steps']} steps of {about['batch']}; "
             f"{about['validation_examples']} validation and {about['test_examples']} test examples; "
-            f"answers of at most {about['new_tokens']} tokens.",
+            f"answers of at most {about['new_tokens']} tokens; learning rates {about['rates'].replace(' ', ', ')}; "
+            f"{about['device']}; weights and rows `{about['inputs']}`.",
             "",
         ]
         header = ["loss", "lr", "seeds", "validation", "exact match", "minus cross_entropy", "p", "NLL"]

@@ -93,21 +93,24 @@ def name_of(run: Run, config: dict[str, Any], weights: str, data: Data) -> str:
     return f"{run.dataset}-{run.loss.replace(':', '-')}-seed{run.seed}-lr{run.rate:g}-{digest}"
 
 
-def train(config: dict[str, Any], folder: Path, prepared: Path, on_step: Callable[[int], None]) -> tuple[Path, float]:
+def train(config: dict[str, Any], folder: Path, on_step: Callable[[int], None]) -> tuple[Path, float]:
     """The folder of the adapter, and the seconds of the training; a training that has ended is not repeated."""
     done, adapter = folder / "trained.json", folder / "adapter"
     if done.exists():
         return adapter, json.loads(done.read_text())["seconds"]
-    # A folder for this attempt alone: after a kill, Axolotl may still be writing to the last one.
+    # A folder for this attempt alone, also for the rows as Axolotl prepares them: after a kill it may still be writing
+    # to the last one, or have left it half written.
     attempt = folder / f"attempt-{os.getpid()}"
     for left in [adapter, *folder.glob("attempt-*")]:
         shutil.rmtree(left, ignore_errors=True)
-    attempt.mkdir(parents=True)
+    prepared = attempt / "prepared"
+    prepared.mkdir(parents=True)
     path, log = folder / "config.yaml", folder / "train.log"
     places = {"output_dir": str(attempt), "dataset_prepared_path": str(prepared)}
     path.write_text(yaml.safe_dump({**config, **places}, sort_keys=False))
     start = time.monotonic()
     _axolotl(path, log, config["max_steps"], on_step)
+    shutil.rmtree(prepared)
     attempt.rename(adapter)
     seconds = time.monotonic() - start
     done.write_text(json.dumps({"seconds": seconds}))
