@@ -83,7 +83,9 @@ _ANNOUNCED = re.compile(
 )
 _SECOND = re.compile(rf"\W*(?:,|/|&|\band\b|\bor\b|\bvs\b)\W*{_LETTER}")
 _REJECTED = re.compile(rf"(?:(?i:option|choice) )?\W?{_LETTER}\W? is (?:not|wrong|incorrect|false)\b[^.,;]*[.,;]?\s*")
-_NOT_AN_ARTICLE = re.compile(r" (?:is|because|since)\b")  # "A is right", where "A marsh" is no choice
+_AS_ARTICLE = re.compile(
+    r" (?!(?:is|because|since)\b)[a-z]"
+)  # what follows: "A marsh" is no choice, "A is right" is one
 _LIST = re.compile(rf"(?:\W+{_LETTER})+\W*")
 _LONGEST_FORMULA = 200  # characters; longer ones are compared as text
 _MOST_BRACKETS = 20
@@ -142,7 +144,7 @@ def letter(text: str) -> str | None:
     found = _LEADING.match(line) or _ANNOUNCED.search(line)
     if not found or not found[1]:
         return found and found["small"].upper()
-    if found[1] == "A" and re.match(r" [a-z]", found["rest"]) and not _NOT_AN_ARTICLE.match(found["rest"]):
+    if found[1] == "A" and _AS_ARTICLE.match(found["rest"]):
         return None
     second = _SECOND.match(found["rest"])
     others = re.findall(_LETTER, found["rest"]) if _LIST.fullmatch(found["rest"]) else [second[1]] if second else []

@@ -37,6 +37,11 @@ class Plan:
     eval_batch: int
     new_tokens: int | None = None  # where fewer are to do than the longest targets of the dataset need
 
+    @property
+    def sweep_seed(self) -> int | None:
+        """The seed with which the rates are tried; a single one is not tried."""
+        return self.seeds[0] if len(self.rates) > 1 else None
+
 
 PLANS = {
     "smoke": Plan(
@@ -94,9 +99,9 @@ class Run:
 
 
 def sweep(plan: Plan, dataset: str) -> list[Run]:
-    if len(plan.rates) == 1:
+    if plan.sweep_seed is None:
         return []
-    return [Run(dataset, loss, plan.seeds[0], rate) for loss in plan.losses for rate in plan.rates]
+    return [Run(dataset, loss, plan.sweep_seed, rate) for loss in plan.losses for rate in plan.rates]
 
 
 def finals(plan: Plan, dataset: str, rates: dict[str, float]) -> list[Run]:
@@ -107,9 +112,9 @@ def finals(plan: Plan, dataset: str, rates: dict[str, float]) -> list[Run]:
 def best_rate(plan: Plan, lines: dict[Run, dict[str, Any]], dataset: str, loss: str) -> float:
     """By exact match on the validation rows; among the rates that are behind the best by no more than twice the
     standard error of the difference, by the NLL there, which a few rows measure better."""
-    if len(plan.rates) == 1:
+    if plan.sweep_seed is None:
         return plan.rates[0]
-    found = {rate: lines[Run(dataset, loss, plan.seeds[0], rate)]["validation"] for rate in plan.rates}
+    found = {rate: lines[Run(dataset, loss, plan.sweep_seed, rate)]["validation"] for rate in plan.rates}
 
     def variance(rate: float) -> float:
         share = found[rate]["exact_match"]

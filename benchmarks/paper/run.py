@@ -156,7 +156,7 @@ class Experiment:
             "test_examples": len(data.test),
             "new_tokens": min(task.new_tokens, plan.new_tokens or task.new_tokens),
             "rates": " ".join(f"{rate:g}" for rate in plan.rates),
-            "sweep_seed": plan.seeds[0] if len(plan.rates) > 1 else None,
+            "sweep_seed": plan.sweep_seed,
             "device": self.device,
             "inputs": digest_of(self.weights, data.inputs),
         }
@@ -231,7 +231,7 @@ Kind = tuple[str, str]  # stage and dataset
 
 def stage_of(plan: Plan, stage: str, run: Run | None) -> str:
     """The stage, where the final runs that need no training are a stage of their own: the sweep has trained them."""
-    return "again" if stage == "final" and run and len(plan.rates) > 1 and run.seed == plan.seeds[0] else stage
+    return "again" if stage == "final" and run and run.seed == plan.sweep_seed else stage
 
 
 class Clock:
