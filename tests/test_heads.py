@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import KNOWN
+from sampling import pairwise
 from torch import nn
 
 from axolotl_cvloss import Objective, available_losses
@@ -24,14 +25,23 @@ OBJECTIVES = {
         ]
     },
 }
+NAMES = list(OBJECTIVES)
+# Which of hidden states, weight and bias want a gradient.
 WANTED = {"all": (1, 1, 1), "frozen": (1, 0, 0), "head": (0, 1, 1), "weight": (0, 1, 0)}
-CHUNKS = (1, 7, 33, 1000)
+SHAPES = {"plain": (1.0, None), "capped": (0.25, 3.0)}  # scale and cap of the logits
+CHUNKS = {f"chunk{rows}": rows for rows in (1, 7, 33, 1000)}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SIZES = {"uniform": 0.0, "saturated": 30.0, "extreme": 1e4}
 
 
-@pytest.fixture(params=CHUNKS, ids=lambda n: f"chunk{n}")
+@pytest.fixture(params=CHUNKS.values(), ids=CHUNKS)
 def chunk(request, monkeypatch):
-    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", request.param * V * 8)
+    set_chunk(monkeypatch, request.param)
     return request.param
+
+
+def set_chunk(monkeypatch, rows):
+    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", rows * V * 8)
 
 
 def batch(seed=0, trained=slice(5, None)):
@@ -67,13 +77,10 @@ def linear(weight, bias, wanted):
     return head
 
 
-@pytest.mark.parametrize("called", [False, True], ids=["read", "called"])
-@pytest.mark.parametrize(
-    "wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 1, 0)], ids=["all", "frozen", "head", "weight"]
-)
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)], ids=["plain", "capped"])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_head_equals_its_logits(name, scale, softcap, wanted, called, chunk):
+@pairwise(name=NAMES, shape=SHAPES, wanted=WANTED, called={"read": False, "called": True}, rows_of_a_chunk=CHUNKS)
+def test_a_head_equals_its_logits(name, shape, wanted, called, rows_of_a_chunk, monkeypatch):
+    set_chunk(monkeypatch, rows_of_a_chunk)
+    scale, softcap = shape
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = tensors()
     wanted = [bool(w) for w in wanted]
@@ -114,9 +121,7 @@ def test_no_trained_row_and_one(name, trained):
         torch.testing.assert_close(grad, right)
 
 
-@pytest.mark.parametrize("size", [0.0, 30.0, 1e4], ids=["uniform", "saturated", "extreme"])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pairwise(name=NAMES, frozen=[False, True], size=SIZES)
 def test_extreme_models(name, size, frozen):
     """Uniform probabilities, p = 1 to rounding, and logits of 1e4: finite, and as accurate as full logits."""
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
@@ -134,9 +139,7 @@ def test_extreme_models(name, size, frozen):
         assert (grad.double() - exact).abs().max() <= 3 * lost + 1e-5 * exact.abs().max() + 1e-9
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pairwise(name=NAMES, dtype=DTYPES, frozen=[False, True])
 def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatch):
     """Against float64, a fused head loses no more than full logits of the same dtype do."""
     monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", 5 * V * 4)

@@ -1,10 +1,7 @@
 """reference.py against values and gradients of the paper's code, and against numbers worked out by hand."""
 
 import math
-import os
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from naive import NAIVE
@@ -13,17 +10,6 @@ from axolotl_cvloss.losses import reference
 
 LOSSES = ["cross_entropy", "focal", "self_adjusting_dice", "generalized_dice", "lovasz"]
 CASES = ["all_classes_present", "masked_prompt", "wide_vocab", "confident", "one_token"]
-GOLDEN = Path(
-    os.environ.get("CVLOSS_GOLDEN") or Path(__file__).resolve().parents[1] / "../shared/golden/reference_losses.npz"
-)
-
-
-@pytest.fixture(scope="module")
-def golden():
-    if not GOLDEN.exists():
-        pytest.skip(f"no values of the paper's code at {GOLDEN}; set CVLOSS_GOLDEN to their .npz file")
-    with np.load(GOLDEN) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
