@@ -1,5 +1,7 @@
 """A model's head: run something of ours in its place, so that the logits of a batch never exist."""
 
+import copy
+import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -12,52 +14,76 @@ from .engine.sources import Head
 PROBED_ROWS = 4
 
 
+Take = Callable[[Tensor, Head, Tensor | None], None]  # hidden states, the head, and the logits of the rows to be probed
+
+
 class HeadTap:
     """Hands the input of a model's head to a function, during one forward of the model.
 
     The function runs inside the forward of the head: there its weights are whole, however they are sharded. The
     model goes on with a stand-in of the logits; where ``probe`` is asked for, with the true logits of a few rows,
-    which show what the model does to them afterwards.
+    which show what the model does to them afterwards. Threads do not disturb each other.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._head: Head | None = None
-        self._take: Callable[[Tensor, Head], None] | None = None
-        self._probe = False
+        self._lock, self._runs = threading.Lock(), 0
+        self._thread = threading.local()  # what the run of this thread wants
         # Made once: with another function at every step, torch.compile would compile at every step.
         self._uncompiled = torch.compiler.disable(HeadTap._forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadTap":
+        return type(self)(copy.deepcopy(self.model, memo))
 
     def find(self) -> nn.Module | None:
         """The head, or None where the model has none that transformers can name."""
         get = getattr(self.model, "get_output_embeddings", None)
         return get() if get is not None else None
 
-    def run(self, forward: Callable[[], Any], take: Callable[[Tensor, Head], None], probe: bool) -> Any:
+    def run(self, forward: Callable[[], Any], take: Take, probe: bool) -> Any:
         """Call ``forward`` with ``take`` in the place of the head. Afterwards the head is as it was before."""
-        module = self.find()
-        assert module is not None
-        own = module.__dict__
-        saved = own.get("forward")
-        self._head, self._take, self._probe = Head(module, module.forward), take, probe
-        own["forward"] = MethodType(self._uncompiled, self)
+        before = vars(self._thread).copy()
+        self._enter()
+        self._thread.take, self._thread.probe = take, probe
         try:
             return forward()
         finally:
-            del own["forward"]
-            if saved is not None:
-                own["forward"] = saved
-            self._head = self._take = None
+            vars(self._thread).clear()
+            vars(self._thread).update(before)
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if not self._runs:
+                module = self.find()
+                assert module is not None
+                self._saved = module.__dict__.get("forward")
+                self._head = Head(module, module.forward)
+                module.__dict__["forward"] = MethodType(self._uncompiled, self)
+            self._runs += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._runs -= 1
+            if not self._runs:
+                assert self._head is not None
+                own = self._head.module.__dict__
+                del own["forward"]
+                if self._saved is not None:
+                    own["forward"] = self._saved
 
     def _forward(self, hidden_states: Tensor) -> Tensor:
         assert self._head is not None
-        assert self._take is not None
-        self._take(hidden_states, self._head)
-        if self._probe:
-            with torch.no_grad():
-                logits = self._head.forward(probed(hidden_states))
-        else:
-            logits = torch.zeros_like(hidden_states[..., :1])
+        take = getattr(self._thread, "take", None)
+        if take is None:  # of a thread that wants the logits
+            return self._head.forward(hidden_states)
+        some = None
+        if self._thread.probe:
+            with torch.no_grad():  # once, as a head with dropout draws anew at every call
+                some = self._head.forward(probed(hidden_states))
+        take(hidden_states, self._head, None if some is None else some.clone())
+        logits = torch.zeros_like(hidden_states[..., :1]) if some is None else some
         return logits.requires_grad_() if partitioned(self._head.module) else logits
 
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .config import NEEDS_LOGITS
 from .engine.sources import Head
-from .head import HeadTap, is_linear, partitioned, postprocessing, probed, processed
+from .head import HeadTap, is_linear, partitioned, postprocessing, processed
 from .objective import Objective, ObjectiveResult
 from .rows import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cv_loss_installation"
+_REPLACED = "_cv_loss_replaced"
 _ROW_INPUTS = ("position_ids", "attention_mask", "input_ids")
 
 
@@ -35,6 +36,14 @@ class Evaluation:
 
     keep_logits: bool
     first_rows: int | None
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """The instance's forward before ours, if it had one, and ours, which does nothing without an installation."""
+
+    before: Callable[..., Any] | None
+    ours: Callable[..., Any]
 
 
 class Installation:
@@ -58,13 +67,21 @@ class Installation:
         self._tap = HeadTap(model)
         self._fusable: bool | None = None  # not known before the first batch
         self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}
-        self._saved = {name: model.__dict__.get(name) for name in ("forward", "accepts_loss_kwargs")}
-        signature = inspect.signature(model.forward)
+        self._accepted = model.__dict__.get("accepts_loss_kwargs")
+        model.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer then passes num_items_in_batch
+        if _REPLACED not in model.__dict__:
+            self._replace_forward()
+
+    def _replace_forward(self) -> None:
+        model, signature = self.model, inspect.signature(self.model.forward)
         names = list(signature.parameters)
 
         @partial(torch.compiler.disable, recursive=False)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            installed = module.__dict__[_ATTRIBUTE]  # not self: the module may be a copy of the model
+            # Not self: the module may be a copy of the model, or have another objective now, or none.
+            installed = module.__dict__.get(_ATTRIBUTE)
+            if installed is None:
+                return _original(module)(*args, **kwargs)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             if named.get("labels") is None and named.get("shift_labels") is None:
                 for name in ("num_items_in_batch", installed._weights):
@@ -79,13 +96,13 @@ class Installation:
             parameters.insert(last, inspect.Parameter(self._weights, inspect.Parameter.KEYWORD_ONLY, default=None))
         forward.__signature__ = signature.replace(parameters=parameters)
         forward.__doc__ = model.forward.__doc__
+        model.__dict__[_REPLACED] = _Replaced(model.__dict__.get("forward"), forward)
         model.forward = MethodType(forward, model)
-        model.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer then passes num_items_in_batch
 
     @property
     def original(self) -> Callable[..., Any]:
         """The model's own forward."""
-        return self._saved["forward"] or MethodType(type(self.model).forward, self.model)
+        return _original(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Installation":
         """For a copy of the model. It belongs to no trainer."""
@@ -103,11 +120,13 @@ class Installation:
         )
 
     def remove(self) -> None:
-        for name, value in self._saved.items():
-            self.model.__dict__.pop(name, None)
-            if value is not None:
-                self.model.__dict__[name] = value
-        del self.model.__dict__[_ATTRIBUTE]
+        own = self.model.__dict__
+        del own[_ATTRIBUTE]
+        _put_back(own, "accepts_loss_kwargs", self._accepted)
+        # Where somebody has wrapped our forward since, as accelerate does in autocast, taking it away would take the
+        # wrapper too; it stays, and passes on to the model's own.
+        if getattr(own.get("forward"), "__func__", None) is own[_REPLACED].ours:
+            _put_back(own, "forward", own.pop(_REPLACED).before)
 
     def _forward(
         self,
@@ -144,7 +163,7 @@ class Installation:
         loss = result.loss
         if (aux_loss := outputs.get("aux_loss")) is not None:  # load balancing of a mixture of experts
             # As the rest of the loss it is a mean over the step, of which this micro-batch is a part.
-            share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, num_items_in_batch)
+            share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, float(num_items_in_batch))
             loss = loss + self._aux_coefficient() * share * aux_loss.to(loss.device)
         for listener in self.listeners:
             listener(result)
@@ -181,11 +200,10 @@ class Installation:
         expected: list[Tensor] = []
         probe = self._fusable is None
 
-        def take(hidden_states: Tensor, head: Head) -> None:
+        def take(hidden_states: Tensor, head: Head, some: Tensor | None) -> None:
             results.append(self.objective.from_hidden(hidden_states, head, **given, **self._postprocessing))
-            if probe:
-                with torch.no_grad():
-                    expected.append(processed(head.forward(probed(hidden_states)), **self._postprocessing))
+            if some is not None:
+                expected.append(processed(some, **self._postprocessing))
 
         try:
             outputs = self._tap.run(run, take, probe)
@@ -227,7 +245,7 @@ def install(model: nn.Module, objective: Objective) -> nn.Module:
     """Make ``model(input_ids=..., labels=..., num_items_in_batch=...)`` return the loss of the objective.
 
     Without labels the model is untouched. Call it before the model is wrapped by accelerate, DDP or FSDP; a peft
-    model may come before or after. Installing again replaces the objective.
+    model may come before or after. Installing again replaces the objective, at any time.
 
     Args:
         model: A causal language model of transformers, or a peft model of one.
@@ -236,9 +254,9 @@ def install(model: nn.Module, objective: Objective) -> nn.Module:
     Returns:
         The model.
     """
-    base = _base(model)
-    if installation(model) is not None:
-        uninstall(model)
+    installed = installation(model)
+    base = _base(model) if installed is None else installed.model
+    uninstall(model)
     base.__dict__[_ATTRIBUTE] = Installation(base, objective)
     return model
 
@@ -267,6 +285,17 @@ def _padding_from(first: int, given: Mapping[str, Any]) -> dict[str, Tensor]:
     if "attention_mask" in changed:
         changed["attention_mask"][first:] = 0
     return changed
+
+
+def _original(model: nn.Module) -> Callable[..., Any]:
+    return model.__dict__[_REPLACED].before or MethodType(type(model).forward, model)
+
+
+def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
+    """An attribute as it was before; None: there was none."""
+    attributes.pop(name, None)
+    if value is not None:
+        attributes[name] = value
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -242,7 +242,7 @@ class Objective:
         if rows.weights is not None:
             rows = replace(rows, weights=rows.weights.to(source.dtype))
         counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
-        denominators = _denominators(counts, num_items_in_batch)
+        denominators = _denominators(counts, num_items_in_batch, rows.labels.device)
         dense = [term for term in self.terms if term.loss.family == "dense"]
         others = [term for term in self.terms if term not in dense]
         # With no other term there is still the NLL, which wants no gradient.
@@ -281,7 +281,7 @@ class Objective:
         """
         _check_labels(rows.labels, logits.shape[-1])
         counts = {scope: int(mask.sum()) for scope, mask in rows.scopes.items()}
-        denominators = _denominators(counts, num_items_in_batch)
+        denominators = _denominators(counts, num_items_in_batch, rows.labels.device)
         logits = logits if logits.dim() == 3 else logits[None]
         if logits.dtype != torch.float64:
             logits = logits.float()
@@ -330,7 +330,9 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
         )
 
 
-def _denominators(counts: dict[str, int], num_items_in_batch: Count | Mapping[str, Count]) -> dict[str, Tensor | float]:
+def _denominators(
+    counts: dict[str, int], num_items_in_batch: Count | Mapping[str, Count], device: torch.device
+) -> dict[str, Tensor | float]:
     """What the sum over the rows of each scope is divided by.
 
     Where only the trained tokens of the step are known, a micro-batch's mean over another scope counts by its share
@@ -340,7 +342,7 @@ def _denominators(counts: dict[str, int], num_items_in_batch: Count | Mapping[st
         return {scope: float(max(1, count)) for scope, count in counts.items()}
     if not isinstance(num_items_in_batch, Mapping):
         num_items_in_batch = {"completion": num_items_in_batch}
-    given = {scope: _at_least_one(count) for scope, count in num_items_in_batch.items() if count is not None}
+    given = {scope: _at_least_one(count, device) for scope, count in num_items_in_batch.items() if count is not None}
     share = given.get("completion", 1.0) / max(counts["completion"], 1e-30)
     return {scope: given.get(scope, max(1, count) * share) for scope, count in counts.items()}
 
@@ -365,6 +367,10 @@ def _head_source(
     return LinearSource(hidden_states, weight, bias, index, scale, softcap, compute_dtype)
 
 
-def _at_least_one(count: Tensor | float) -> Tensor | float:
+def _at_least_one(count: Tensor | float, device: torch.device) -> Tensor | float:
     """A step whose rows are all masked has a count of 0, and a sum of 0 to divide by it."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+    if not isinstance(count, Tensor):
+        return max(1, count)
+    if count.numel() != 1:
+        raise ValueError(f"num_items_in_batch: one number is expected, not a tensor of shape {tuple(count.shape)}")
+    return count.to(device).reshape(()).clamp(min=1)

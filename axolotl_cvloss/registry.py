@@ -92,6 +92,10 @@ class Loss:
         """Whether it is of this package, and not of another one that is installed, or of a script."""
         return self.function.__module__.startswith("axolotl_cvloss.")
 
+    def __reduce__(self) -> Any:
+        """By its name, as its parameters are a class that exists nowhere else."""
+        return get_loss, (self.name,)
+
 
 _losses: dict[str, Loss] = {}
 

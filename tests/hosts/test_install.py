@@ -2,7 +2,10 @@
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -73,6 +76,14 @@ def batch():
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :4] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def accelerator():
+    """One of bf16; not that of a Trainer before."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def without_labels(batch):
@@ -229,6 +240,11 @@ def test_auxiliary_loss_of_a_mixture_of_experts(model_class, config, batch, head
     install(model, objective({"cross_entropy": 1.0}, head))
     assert_same(step(model, **batch), host)
     uninstall(model)
+    count = 2 * (batch["labels"][:, 1:] != -100).sum().reshape(1)  # the rows of this batch are half of the step's
+    torch.testing.assert_close(
+        step(install(model, objective({"cross_entropy": 1.0}, head)), **batch, num_items_in_batch=count)[0], host[0] / 2
+    )
+    uninstall(model)
     expected = expected_loss(model, batch) + auxiliary.detach()
     torch.testing.assert_close(step(install(model, objective(head=head)), **batch)[0], expected)
 
@@ -278,6 +294,54 @@ def test_installing_again_replaces(make_model, batch):
     model = install(install(make_model(), objective()), objective({"focal": 1.0}))
     torch.testing.assert_close(model(**batch).loss, expected_loss(make_model(), batch, {"focal": 1.0}))
     assert "forward" not in vars(uninstall(model))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_again_and_away_where_accelerate_has_wrapped_the_forward(make_model, batch, head, accelerator):
+    """accelerate puts autocast around our forward. Another objective, or none, must not take that away."""
+    dtypes = []
+
+    def prepared(model):
+        layer = model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        return accelerator.prepare(model)
+
+    first = objective({"focal": 1.0}, head)
+    expected = step(prepared(install(make_model(), objective(head=head))), **batch)
+    model = prepared(install(make_model(), first))
+    assert_same(step(install(model, objective(head=head)), **batch), expected)
+    assert_same(step(uninstall(model), **batch), step(prepared(make_model()), **batch))
+    assert installation(model) is None
+    assert_same(step(install(model, objective(head=head)), **batch), expected)
+    assert set(dtypes) == {torch.bfloat16}
+    bare = accelerator.unwrap_model(uninstall(model), keep_fp32_wrapper=False)
+    assert_same(step(bare, **batch), step(make_model(), **batch))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_threads_share_a_model(make_model, batch, head):
+    """One thread trains with labels and one reads logits, at the same time."""
+    model = install(make_model(), objective(head=head)).train()
+    expected = [float(model(**{**batch, "labels": batch["labels"].roll(i, 0)}).loss.detach()) for i in range(2)]
+    logits = model(**without_labels(batch)).logits
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: time.sleep(0.002))
+
+    def run(i):
+        if i == 2:
+            return torch.equal(model(**without_labels(batch)).logits, logits)
+        return float(model(**{**batch, "labels": batch["labels"].roll(i, 0)}).loss.detach()) == expected[i]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, [0, 1, 2] * 10))
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_a_head_with_dropout_can_be_fused(make_model, batch, caplog):
+    """What the first batch is looked at with is one draw, not two."""
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, init_lora_weights=False, lora_dropout=0.5, **LORA["head"])
+    model = install(get_peft_model(make_model(), config), objective(head="fused")).train()
+    assert model(**batch).logits is None
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -376,14 +440,10 @@ def test_torch_compile(make_model, batch, head, backend):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_mixed_precision_of_accelerate(make_model, batch, head):
+def test_mixed_precision_of_accelerate(make_model, batch, head, accelerator):
     """accelerate wraps the forward in autocast, and takes the wrapper off at the end."""
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of a Trainer before
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     expected = step(install(make_model(), objective(head=head)), **batch)
     model = accelerator.prepare(install(make_model(), objective(head=head)))
     assert_same(step(model, **batch), expected, rtol=0.05, atol=0.02)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert_same(step(bare, **batch), expected)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
