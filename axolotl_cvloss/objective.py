@@ -357,8 +357,7 @@ def _head_source(
         module = head.module
         if not is_linear(module):
             parameters = [p for p in module.parameters() if p.requires_grad]
-            random = module.training and any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
-            return ModuleSource(hidden_states, head.forward, parameters, index, scale, softcap, random)
+            return ModuleSource(hidden_states, head.forward, parameters, index, scale, softcap)
         weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert not isinstance(bias, nn.Module)

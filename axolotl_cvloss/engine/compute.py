@@ -92,8 +92,11 @@ class _Engine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pass_: "_Pass", wanted: Sequence[bool], *tensors: Tensor) -> Tensor:
-        loss = pass_.run(wanted)
+        # Our own graphs are used up in here; hooks of the caller, such as those of a checkpoint, must not see them.
+        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            loss = pass_.run(wanted)
         ctx.gradients = pass_.source.gradients()
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         return loss
 
     @staticmethod
@@ -107,7 +110,7 @@ class _Engine(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_output)
-        return None, None, *gradients
+        return None, None, *(g if g is None else g.to(t) for g, t in zip(gradients, ctx.dtypes, strict=True))
 
 
 class _Pass:
@@ -332,6 +335,10 @@ class _Pass:
         gradient = LogitGradient.build(p, logp, labels, cotangents, columns, dense)
         gradient.columns.extend(self.number_gradients.pop(chunk.start, []))
         self.source.pull(chunk, gradient)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _cotangents(total: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:

@@ -94,7 +94,8 @@ class LogitGradient:
         product = mixture.to(dtype).mul_(self.slope[:, None])
         product += weight[self.labels].to(dtype).mul_(self.own[:, None])
         for index, values in self.columns:
-            product += values.to(weight.dtype) @ weight[index]
+            values, unit = fitted(values, weight.dtype)
+            product += restored(values @ weight[index], unit)
         if self.mean is not None:
             product += self.mean[:, None] * weight.mean(0, dtype=dtype)
         return product
@@ -102,11 +103,12 @@ class LogitGradient:
     def add_outer(self, hidden: Tensor, total: Tensor) -> None:
         """Add dz.T @ hidden to a total (V, H), without forming dz."""
         assert self.p is not None
-        sloped = hidden * self.slope[:, None].to(hidden.dtype)
+        slope, unit = fitted(self.slope, hidden.dtype)
+        sloped = hidden * slope[:, None]
         if hidden.dtype == total.dtype:
             total.addmm_(self.p.T, sloped)
         else:
-            total += self.p.to(hidden.dtype).T @ sloped
+            total += restored(self.p.to(hidden.dtype).T @ sloped, unit)
         hidden = hidden.to(total.dtype)
         total.index_add_(0, self.labels, hidden * self.own[:, None])
         for index, values in self.columns:
@@ -124,6 +126,24 @@ class LogitGradient:
         if self.mean is not None:
             total += self.mean.sum() / len(total)
         return total
+
+
+def fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values (n, ...) in the dtype of a product, and the unit they are in.
+
+    float16 ends at 6e-8, and the gradient of one row among 100,000 lies near there: it loses its digits before any
+    scale of the loss comes to it. So in float16 the largest value becomes 1, or less where so many rows are summed that
+    the sum might be too large.
+    """
+    if dtype != torch.float16 or not values.numel():
+        return values.to(dtype), None
+    unit = values.abs().amax().clamp_min(torch.finfo(values.dtype).tiny) * max(1.0, len(values) / 64)
+    return (values / unit).to(dtype), unit
+
+
+def restored(product: Tensor, unit: Tensor | None) -> Tensor:
+    """A product of fitted values, in the unit it would have without fitting."""
+    return product if unit is None else product.to(unit.dtype).mul_(unit)
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:

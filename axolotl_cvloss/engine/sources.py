@@ -1,12 +1,14 @@
 """Logit sources: where a chunk of logits comes from, and where its gradient goes. Losses never know which."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .gradient import LogitGradient
+from .gradient import LogitGradient, fitted, restored
 
 
 class LogitSource:
@@ -14,7 +16,8 @@ class LogitSource:
 
     ``tensors`` are those a gradient may be asked of. ``logits`` and ``columns`` return float32 (float64 for float64
     inputs) that the caller may overwrite until the next call. After ``start``, the gradient of each chunk comes in
-    by ``pull``, right after its ``logits``, and may be overwritten; ``gradients`` hands out the sums.
+    by ``pull``, right after its ``logits``, and may be overwritten; ``gradients`` hands out the sums, which for float16
+    tensors are in float32: the scale of the loss is still to come.
     """
 
     tensors: Sequence[Tensor]
@@ -50,6 +53,11 @@ class LogitSource:
         raise NotImplementedError
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the gradient of a tensor until the scale of the loss has come to it, in the backward pass."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -76,7 +84,8 @@ class TensorSource(LogitSource):
         return self.flat[self.index[rows, None], columns].to(self.dtype)
 
     def start(self, wanted: Sequence[bool]) -> None:
-        self.grad = torch.empty_like(self.flat)
+        dtype = gradient_dtype(self.flat.dtype)
+        self.grad = torch.empty_like(self.flat, dtype=dtype, memory_format=torch.contiguous_format)
         unused = torch.ones(len(self.flat), dtype=torch.bool, device=self.flat.device)
         self.grad.index_fill_(0, unused.index_fill_(0, self.index, False).nonzero().squeeze(1), 0)
 
@@ -141,7 +150,7 @@ class HeadSource(LogitSource):
     def start(self, wanted: Sequence[bool]) -> None:
         self.wanted = wanted
         self.grads = [
-            torch.zeros_like(t, dtype=self._grad_dtype(t)) if w else None
+            torch.zeros_like(t, dtype=self._grad_dtype(t), memory_format=torch.contiguous_format) if w else None
             for t, w in zip(self.tensors, wanted, strict=True)
         ]
         if self.grads[0] is not None:
@@ -149,7 +158,7 @@ class HeadSource(LogitSource):
 
     def _grad_dtype(self, tensor: Tensor) -> torch.dtype:
         """Gradients of weights are summed over chunks, so in float32 at least; each hidden state gets one."""
-        return tensor.dtype if tensor is self.tensors[0] else self.dtype
+        return gradient_dtype(tensor.dtype) if tensor is self.tensors[0] else self.dtype
 
     def pull(self, rows: slice, gradient: LogitGradient) -> None:
         dz = gradient.materialize()
@@ -161,7 +170,9 @@ class HeadSource(LogitSource):
         raise NotImplementedError
 
     def gradients(self) -> list[Tensor | None]:
-        return [None if g is None else g.to(t.dtype) for g, t in zip(self.grads, self.tensors, strict=True)]
+        return [
+            None if g is None else g.to(gradient_dtype(t.dtype)) for g, t in zip(self.grads, self.tensors, strict=True)
+        ]
 
 
 class LinearSource(HeadSource):
@@ -229,20 +240,22 @@ class LinearSource(HeadSource):
     def _pull_affine(self, rows: slice, dz: Tensor) -> None:
         if self.bias is not None and (bias_grad := self.grads[2]) is not None:
             bias_grad += dz.sum(0)
-        dz = dz.to(self.hidden.dtype)
+        dz, unit = fitted(dz, self.hidden.dtype)
         if self.wanted[0]:
-            self.hidden_grad[self.index[rows]] = (dz @ self.weight).to(self.hidden_grad.dtype)
+            self.hidden_grad[self.index[rows]] = restored(dz @ self.weight, unit).to(self.hidden_grad.dtype)
         if (weight_grad := self.grads[1]) is not None:
-            weight_grad += dz.T @ self.hidden[rows]
+            weight_grad += restored(dz.T @ self.hidden[rows], unit)
 
 
 class ModuleSource(HeadSource):
     """A head that is called: LoRA on the head, ``modules_to_save``, quantised heads.
 
+    It runs in the autocast that the objective was called in. What it draws at random (dropout) for a chunk is the same
+    at every visit.
+
     Args:
         head: Called with (n, H), gives (n, V).
         parameters: Those of its parameters that train.
-        random: The head draws random numbers (dropout), so each chunk must draw the same at every visit.
     """
 
     def __init__(
@@ -253,24 +266,30 @@ class ModuleSource(HeadSource):
         index: Tensor,
         scale: float = 1.0,
         softcap: float | None = None,
-        random: bool = False,
     ) -> None:
         super().__init__(hidden_states, index, scale, softcap)
         self.head = head
         self.tensors = (hidden_states, *parameters)
         self.wanted = [False] * len(self.tensors)
-        with torch.no_grad(), torch.random.fork_rng():
+        device = hidden_states.device.type
+        # No cache: what a visit without gradients leaves in it would be taken by one with them.
+        self._autocast = partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        )
+        self._states: dict[int, RandomState] = {}
+        with torch.no_grad(), RandomState(hidden_states.device).again(), self._autocast():
             probe = head(hidden_states.detach().flatten(0, -2)[:1])
         self.vocab_size = probe.shape[-1]
         self.dtype = statistics_dtype(probe.dtype)
-        self._seeds: dict[int, int] | None = {} if random else None
 
     def _call(self, rows: slice, hidden: Tensor) -> Tensor:
-        if self._seeds is None:
-            return self.head(hidden)
-        seed = self._seeds.setdefault(rows.start, int(torch.randint(2**31, ())))
-        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
-            torch.manual_seed(seed)
+        if (state := self._states.get(rows.start)) is None:
+            self._states[rows.start] = RandomState(hidden.device)
+        with state.again() if state else nullcontext(), self._autocast():
             return self.head(hidden)
 
     def _affine(self, rows: slice) -> Tensor:
@@ -287,8 +306,34 @@ class ModuleSource(HeadSource):
         wanted = [i for i, w in enumerate(self.wanted) if w]
         leaf, logits = self._graph
         inputs = [leaf if i == 0 else self.tensors[i] for i in wanted]
-        for i, grad in zip(wanted, torch.autograd.grad(logits, inputs, dz.to(logits.dtype)), strict=True):
+        dz, unit = fitted(dz, logits.dtype)
+        for i, grad in zip(wanted, torch.autograd.grad(logits, inputs, dz), strict=True):
             if i == 0:
-                self.hidden_grad[self.index[rows]] = grad.to(self.hidden_grad.dtype)
+                self.hidden_grad[self.index[rows]] = restored(grad, unit).to(self.hidden_grad.dtype)
             else:
-                self.grads[i] += grad  # type: ignore[operator]
+                self.grads[i] += restored(grad, unit)  # type: ignore[operator]
+
+
+class RandomState:
+    """Where the random numbers of the CPU and of a device stand now. No other device is touched."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.where = () if device.type == "mps" else (device,)  # Apple's has no argument
+        self.cpu = torch.get_rng_state()
+        self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*self.where)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw from here once more, and go on as before afterwards."""
+        after = RandomState(self.device)
+        self._set()
+        try:
+            yield
+        finally:
+            after._set()
+
+    def _set(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.own is not None:
+            torch.get_device_module(self.device).set_rng_state(self.own, *self.where)
