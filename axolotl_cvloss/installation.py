@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import NEEDS_LOGITS
+from .engine import ranks
 from .engine.sources import Head
 from .head import HeadTap, is_linear, partitioned, postprocessing, processed
 from .objective import Objective, ObjectiveResult
@@ -205,26 +206,38 @@ class Installation:
             if some is not None:
                 expected.append(processed(some, **self._postprocessing))
 
+        outputs: Any = None
+        why, known = None, False
         try:
             outputs = self._tap.run(run, take, probe)
         except (RuntimeError, ValueError, IndexError) as error:
             if not probe or not results:
                 raise
-            return self._refuse(f"its forward fails without all logits ({error})")
-        if len(results) != 1:
-            return self._refuse(f"its forward calls the head {len(results)} times")
+            why = f"its forward fails without all logits ({error})"
+        if why is None and len(results) != 1:
+            why = f"its forward calls the head {len(results)} times"
+            if not probe and ranks.world_size() > 1:  # too late for all to turn round together
+                raise RuntimeError(f"cv_loss: {why}, unlike before; use head: logits")
         if probe:
-            seen = outputs.logits.detach().float()
-            same = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)  # NaN says nothing
-            if seen.shape != expected[0].shape or not same(seen, expected[0]):
-                return self._refuse("its logits are not those of its head, scaled and capped as its config says")
-            if seen.isfinite().any():  # or the next batch is looked at too
+            if why is None:
+                why, known = _compared(outputs.logits, expected[0])
+            why, known = self._agreed(why, known, given["labels"].device)
+            if known:  # or the next batch is looked at too
                 self._fusable = True
+        if why is not None:
+            return self._refuse(why)
         (result,) = results
         if outputs.logits.requires_grad:  # see ``partitioned``
             result = replace(result, loss=result.loss + outputs.logits.flatten()[:0].sum())
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         return outputs, result
+
+    def _agreed(self, why: str | None, known: bool, device: torch.device) -> tuple[str | None, bool]:
+        """The same verdict in all processes: one that went on without the others would call other collectives."""
+        accepted, known = ranks.least_of(torch.tensor([why is None, known], dtype=torch.long, device=device)).tolist()
+        if not accepted and why is None:
+            why = "another process cannot do without them"
+        return why, bool(known)
 
     def _refuse(self, why: str) -> Any:
         """Go on with full logits, or stop where fused was asked for."""
@@ -272,6 +285,15 @@ def installation(model: nn.Module) -> Installation | None:
     """The installation in a model, also where the model has been wrapped since, or None."""
     found = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
     return found[0] if found else None
+
+
+def _compared(logits: Tensor, expected: Tensor) -> tuple[str | None, bool]:
+    """What is wrong with a few rows of a model's own logits, if anything, and whether they say anything at all."""
+    seen = logits.detach().float()
+    same = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)  # NaN says nothing
+    if seen.shape != expected.shape or not same(seen, expected):
+        return "its logits are not those of its head, scaled and capped as its config says", False
+    return None, bool(seen.isfinite().any())
 
 
 def _padding_from(first: int, given: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""Sets over all processes: sums, minima and lists of what each of them holds, for terms with ``reduce: global``.
+"""Over all processes: sums, minima and lists of what each of them holds, for terms with ``reduce: global`` and for
+decisions that all must take alike.
 
 Every process must come here the same number of times. One process alone is left as it is.
 """
