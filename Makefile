@@ -7,7 +7,7 @@ LATEST := .venv-trl-latest
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-hosts test-trl-latest lint bench clean
+.PHONY: demo test test-all test-hosts test-trl-latest test-configs lint bench clean
 
 demo: $(INSTALLED)  ## train a small model on generated word problems, with cross-entropy and with the mix
 	$(BIN)/python demo/run.py
@@ -38,6 +38,12 @@ test-trl-latest:  ## the tests of TRL in an environment of their own
 	COMPATIBILITY=docs/compatibility/trl-latest.json $(LATEST)/bin/python -m pytest tests/distributed \
 	  -k "cut or metrics or two_processes and FSDP2"; \
 	  status=$$?; $(LATEST)/bin/python tools/compatibility.py; exit $$status
+
+test-configs: $(INSTALLED)  ## the example configs of the installed Axolotl, from its source distribution, with cv_loss
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary axolotl --dest .axolotl \
+	  axolotl==$$($(BIN)/python -c "from importlib.metadata import version; print(version('axolotl'))")
+	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python tools/axolotl_configs.py .axolotl/axolotl-*.tar.gz \
+	  docs/compatibility/axolotl-configs.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,8 +21,6 @@ HOSTS = {
     "trl": ("model_name_or_path", "dataset_name", "per_device_train_batch_size"),
 }
 PLUGIN = "axolotl_cvloss.CVLossPlugin"
-# Plugins of Axolotl that replace the loss as soon as they are listed, and the key that they set.
-LISTED = {"CutCrossEntropyPlugin": "cut_cross_entropy", "DiffusionPlugin": "diffusion"}
 
 ENDS = (0.0, 1.0)  # of training, for what follows a schedule
 ROWS = {"completion": "labelled tokens", "sequence": "every token but padding, the prompt too"}
@@ -35,12 +33,16 @@ SETS = {
 
 @dataclass
 class Report:
-    """``host`` is None where the YAML could be for any; ``config`` is None where the key is wrong."""
+    """``host`` is None where the YAML could be for any; ``config`` is None where the key is wrong.
+
+    Notes say what the host will do that the YAML does not.
+    """
 
     host: str | None = None
     config: CVLossConfig | None = None
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check_file(path: Path, host: str | None = None) -> Report:
@@ -57,6 +59,12 @@ def check_file(path: Path, host: str | None = None) -> Report:
 def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
     """Check the keys of a config."""
     report = Report(host or next((name for name, keys in HOSTS.items() if any(key in data for key in keys)), None))
+    if report.host != "trl":  # to TRL the dotted keys are unknown
+        data = dict(data)
+        try:
+            axolotl_keys.spell_out(data)
+        except ValueError as error:
+            report.errors.append(str(error))
     if KEY not in data:
         missing = f"{KEY}: the key is not in the config, so training uses the host's own loss"
         report.errors.append(axolotl_keys.misspelt(data) or missing)
@@ -66,7 +74,7 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
     except ConfigError as error:
         report.errors += str(error).splitlines()
     if report.host == "axolotl":
-        report.errors += _axolotl(data)
+        _axolotl(data, report)
     elif report.host == "trl":
         report.errors += trl_keys.conflicts(data.get)
     if report.config is not None:
@@ -74,16 +82,33 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
     return report
 
 
-def _axolotl(data: Mapping[Any, Any]) -> list[str]:
+def _axolotl(data: Mapping[Any, Any], report: Report) -> None:
+    report.errors += filter(None, [axolotl_keys.misspelt(data)])
+    report.notes += axolotl_keys.savers(data.get).values()
+    report.errors += axolotl_keys.conflicts(data.get)
+    if _model_type(data.get("base_model")) == "mamba" and data.get("model_type") != "MambaLMHeadModel":
+        report.errors.append(f"{KEY} cannot be used with {data['base_model']}: {axolotl_keys.MAMBA}")
+    if (trainer := str(data.get("trainer_cls") or "")) and not trainer.startswith(("axolotl.", "trl.")):
+        report.warnings.append(
+            f"trainer_cls: {trainer} is not known here; where it computes a loss of its own, training stops"
+        )
     given = data.get("plugins") or []
     plugins = [str(name) for name in given] if isinstance(given, list) else []
-    listed = {LISTED[end]: True for name in plugins if (end := name.rsplit(".", 1)[-1]) in LISTED}
-    problems = axolotl_keys.conflicts(lambda key: data.get(key, listed.get(key)))
     if not any(name.startswith("axolotl_cvloss.") and name.endswith(".CVLossPlugin") for name in plugins):
         close = difflib.get_close_matches(PLUGIN, plugins, n=1)
         instead = f"instead of {close[0]}" if close else "there"
-        problems.append(f"plugins: {KEY} does nothing without its plugin; put {PLUGIN} {instead}")
-    return problems
+        report.errors.append(f"plugins: {KEY} does nothing without its plugin; put {PLUGIN} {instead}")
+
+
+def _model_type(base_model: Any) -> str | None:
+    """What the config of a model says that it is, where the model is on this machine."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(base_model, local_files_only=True)
+    except (OSError, ValueError, TypeError):
+        return None
+    return config.get("model_type")
 
 
 def traps(config: CVLossConfig) -> list[str]:

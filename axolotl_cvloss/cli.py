@@ -100,6 +100,7 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
                 "cv_loss": None if report.config is None else report.config.dump(),
                 "errors": report.errors,
                 "warnings": report.warnings,
+                "notes": report.notes,
             }
         )
     else:
@@ -107,7 +108,7 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
             click.echo(f"objective: {objective}\n")
             _print_table_of(term_rows(report.config))
             click.echo()
-        for kind, lines in (("error", report.errors), ("warning", report.warnings)):
+        for kind, lines in (("error", report.errors), ("warning", report.warnings), ("note", report.notes)):
             for line in lines:
                 click.echo(f"{kind}: {line}", err=kind == "error")
         if not report.errors:

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from helpers import temporary_losses
 
 from axolotl_cvloss import Objective, available_losses, register_loss
-from axolotl_cvloss.checking import HOSTS, LISTED
+from axolotl_cvloss.checking import HOSTS
 from axolotl_cvloss.cli import cli
 from axolotl_cvloss.config import CVLossConfig
 from axolotl_cvloss.descriptions import FAMILY
-from axolotl_cvloss.hosts.axolotl_keys import CONFLICTS, PARALLEL
+from axolotl_cvloss.hosts.axolotl_keys import CONFLICTS, LISTED, PARALLEL, SAVERS
 from axolotl_cvloss.registry import FAMILIES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -192,11 +192,66 @@ def test_check_finds_keys_of_axolotl_that_conflict(key, value, checked):
         (["axolotl.integrations.liger.LigerPlugin"], "put axolotl_cvloss.CVLossPlugin there"),
         (["axolotl_cvloss.CVLosPlugin"], "put axolotl_cvloss.CVLossPlugin instead of axolotl_cvloss.CVLosPlugin"),
         ([*AXOLOTL["plugins"], "axolotl.integrations.diffusion.DiffusionPlugin"], "cannot be used with diffusion"),
+        ([*AXOLOTL["plugins"], "axolotl.integrations.hatchery.HatcheryPlugin"], "cannot be used with hatchery"),
     ],
 )
 def test_check_looks_at_the_plugins_of_axolotl(plugins, message, checked):
     (error,) = checked({**AXOLOTL, "plugins": plugins, "cv_loss": MIX})["errors"]
     assert message in error
+
+
+@pytest.mark.parametrize("key", SAVERS)
+def test_check_notes_what_is_switched_off(key, checked):
+    report = checked({**AXOLOTL, "cv_loss": MIX, key: True})
+    assert (report["errors"], report["warnings"]) == ([], [])
+    (note,) = report["notes"]
+    assert note.endswith(f"so {key} is switched off")
+    assert checked({**AXOLOTL, "cv_loss": MIX, key: False})["notes"] == []
+
+
+def test_notes_are_printed(tmp_path):
+    path = tmp_path / "config.yaml"
+    listed = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+    path.write_text(yaml.safe_dump({**AXOLOTL, "plugins": [*AXOLOTL["plugins"], listed], "cv_loss": MIX}))
+    printed = run("check", path).stdout.splitlines()
+    assert printed[-2].startswith("note: cv_loss computes its loss itself")
+    assert printed[-1].endswith("fine for Axolotl")
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"use_eaft": True}, "write cv_loss: {entropy_adaptive: {weight: 2.996, alpha: 1, k: 20}}"),
+        ({"model_type": "AutoModelForSequenceClassification"}, "it has no tokens to predict"),
+        ({"model_type": "MambaLMHeadModel"}, "trainer for Mamba computes a loss of its own"),
+        ({"trainer_cls": "axolotl.core.trainers.AxolotlMambaTrainer"}, "it computes a loss of its own"),
+        ({"cv_los": {"dice": 1}}, "unknown key cv_los: did you mean cv_loss?"),
+        ({"cv_loss.lovas": 1}, "cv_loss.lovas: unknown loss"),
+        ({"cv_loss.lovasz.weight.more": {}}, "cv_loss.lovasz.weight"),
+    ],
+)
+def test_check_says_what_stops_a_run_of_axolotl(keys, problem, checked):
+    (error,) = checked({**AXOLOTL, "cv_loss": MIX, **keys})["errors"]
+    assert problem in error
+
+
+def test_check_reads_the_config_of_a_model_that_is_there(checked, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "mamba"}')
+    (error,) = checked({**AXOLOTL, "base_model": str(model), "cv_loss": MIX})["errors"]
+    assert "trainer for Mamba computes a loss of its own" in error
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    assert not checked({**AXOLOTL, "base_model": str(model), "cv_loss": MIX})["errors"]
+
+
+def test_check_knows_dotted_keys(checked):
+    assert checked({**AXOLOTL, "cv_loss": MIX, "cv_loss.lovasz": 0.1})["objective"] == "0.6 cross_entropy + 0.1 lovasz"
+
+
+def test_check_warns_of_a_trainer_that_it_does_not_know(checked):
+    (warning,) = checked({**AXOLOTL, "cv_loss": MIX, "trainer_cls": "mine.Trainer"})["warnings"]
+    assert warning.startswith("trainer_cls: mine.Trainer is not known here")
 
 
 def test_axolotl_turns_these_plugins_on_where_they_are_listed():
@@ -206,7 +261,8 @@ def test_axolotl_turns_these_plugins_on_where_they_are_listed():
     from axolotl.integrations.diffusion import DiffusionArgs, DiffusionPlugin
 
     plugins = {CutCrossEntropyPlugin: CutCrossEntropyArgs, DiffusionPlugin: DiffusionArgs}
-    assert {plugin.__name__ for plugin in plugins} == set(LISTED)
+    # HatcheryPlugin brings its trainer as soon as it is listed, and its key has no default.
+    assert {plugin.__name__ for plugin in plugins} | {"HatcheryPlugin"} == set(LISTED)
     for plugin, args in plugins.items():
         assert getattr(args(), LISTED[plugin.__name__])
 

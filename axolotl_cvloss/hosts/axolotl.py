@@ -1,5 +1,6 @@
 """Axolotl: the ``cv_loss`` key in its schema, and the objective in its model and trainer."""
 
+import sys
 from typing import Any
 
 try:
@@ -10,7 +11,7 @@ try:
     from ..config import KEY, CVLossConfig
     from ..installation import install, installation
     from ..objective import Objective
-    from .axolotl_keys import conflicts, misspelt
+    from .axolotl_keys import MAMBA, conflicts, misspelt, on_command_line, savers, spell_out
     from .transformers import ObjectiveTrainer, attach
 except ImportError as error:
     # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
@@ -29,10 +30,11 @@ class CVLossArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_cv_loss(cls, data: Any) -> Any:
+        prepare(data)
+        # Axolotl drops keys that it does not know, so a misspelt one would change nothing.
+        if problem := misspelt(data, cls.model_fields):
+            raise ValueError(problem)
         if KEY not in data:
-            # Axolotl drops keys that it does not know, so a misspelt one would train with the host's loss.
-            if problem := misspelt(data, cls.model_fields):
-                raise ValueError(problem)
             return data
         problems = conflicts(data.get)
         try:
@@ -45,10 +47,19 @@ class CVLossArgs(BaseModel):
 
     @model_validator(mode="after")
     def check_defaults(self) -> "CVLossArgs":
-        """Plugins such as those of cut cross-entropy and diffusion need only be listed: their keys have defaults."""
+        """Keys that have defaults as soon as a plugin is listed, as that of diffusion has."""
         if self.cv_loss is not None and (problems := conflicts(lambda key: getattr(self, key, None))):
             raise ValueError("\n".join(problems))
         return self
+
+
+def prepare(data: Any) -> None:
+    """Spell the key out, and switch off what would compute another loss in its place."""
+    spell_out(data)
+    if KEY in data:
+        for key, note in savers(data.get).items():
+            data[key] = False
+            LOG.info(note)
 
 
 class CVLossPlugin(BasePlugin):
@@ -56,6 +67,16 @@ class CVLossPlugin(BasePlugin):
 
     def get_input_args(self) -> str:
         return f"{CVLossArgs.__module__}.{CVLossArgs.__name__}"
+
+    def register(self, cfg: Any) -> None:
+        """The first hook: the config is what the YAML and Axolotl's command line gave, and no plugin has read it."""
+        for key, value in on_command_line(sys.argv[1:]).items():
+            cfg[key] = value
+        prepare(cfg)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.get(KEY) is not None and cfg.get("model_config_type") == "mamba":
+            raise ValueError(f"{KEY} cannot be used with {cfg['base_model']}: {MAMBA}")
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         if cfg.get(KEY) is not None:

@@ -6,6 +6,7 @@ So ``watch`` is an entry point of the group ``torch.backends``, which torch call
 unless Axolotl's configuration is imported later.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from functools import wraps
@@ -17,6 +18,8 @@ from typing import Any
 
 MODULE = "axolotl.utils.config"
 KEY = "cv_loss"
+# The key, and what sets a part of it, in a YAML or on the command line.
+ASKED = re.compile(r"(--)?cv[-_]loss($|=|\.|__|--)")
 
 
 def watch() -> None:
@@ -48,7 +51,7 @@ def checked(validate_config: Any) -> Any:
     @wraps(validate_config)
     def validate(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         validated = validate_config(cfg, *args, **kwargs)
-        if KEY in cfg and KEY not in validated:
+        if KEY not in validated and any(ASKED.match(str(name)) for name in [*cfg, *sys.argv]):
             raise ValueError(
                 f"{KEY}: the config has this key, but its plugin is not loaded, so the run stops here. Put "
                 "axolotl_cvloss.CVLossPlugin under plugins; if it stands there already, its name is misspelt"

@@ -144,6 +144,15 @@ def make_config(files, tmp_path):
     return make
 
 
+@pytest.fixture
+def manager(monkeypatch):
+    """Axolotl's plugin manager is one for the process; each test gets a new one, and the old one comes back."""
+    from axolotl.integrations.base import PluginManager
+
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    return PluginManager.get_instance()
+
+
 @pytest.fixture(scope="session")
 def guest(tmp_path_factory):
     """The folder that a package of somebody else's, tests/guest, is installed into, beside the environment."""
@@ -166,13 +175,13 @@ def run_program(tmp_path):
 
 @pytest.fixture
 def axolotl(tmp_path):
-    """Run the real command on a config; further arguments are environment variables."""
+    """Run the real command on a config; named arguments are environment variables."""
 
-    def run(config, command="train", **environment):
+    def run(config, command="train", *options, **environment):
         path = tmp_path / f"{Path(config['output_dir']).name}.yaml"
         path.write_text(yaml.safe_dump(config))
         program = Path(sys.executable).with_name("axolotl")
-        return start([program, command, path, "--launcher", "python"], tmp_path, environment)
+        return start([program, command, path, "--launcher", "python", *options], tmp_path, environment)
 
     return run
 

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("axolotl")
 
 from axolotl.cli.config import prepare_plugins
-from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
@@ -236,6 +235,35 @@ def test_error_in_the_key_stops_the_command(make_config, axolotl, tmp_path):
 
 
 @pytest.mark.hosts
+def test_what_only_saves_memory_is_taken_over(make_config, train_several):
+    """The same bits as without it. The package cut_cross_entropy is not there: its plugin must not look for it."""
+    keys = {"max_steps": 4, "eval_steps": 4, "save_steps": 4}
+    savers = {
+        "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", OURS],
+        "cut_cross_entropy": True,
+        "chunked_cross_entropy": True,
+    }
+    (without, ours), printed = train_several(make_config("without", **keys), make_config("ours", **keys, **savers))
+    assert curve(ours) == curve(without)
+    assert len(curve(ours)) == 4 + 2
+    for key in "cut_cross_entropy", "chunked_cross_entropy":
+        assert printed.count(f"so {key} is switched off") == 1
+    assert "Applying Cut Cross Entropy" not in printed
+
+
+@pytest.mark.hosts
+def test_sweep_and_options_of_the_command_line(make_config, axolotl, tmp_path):
+    """Both would change nothing: Axolotl writes dotted keys as they stand, and ignores options it does not know."""
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("cv_loss.lovasz: [0.1, 0.2]\n")
+    config = make_config(max_steps=1, eval_steps=None, test_datasets=None, save_strategy="no", save_steps=None)
+    result = axolotl(config, "train", "--sweep", sweep, "--cv-loss.cross_entropy", "0.5")
+    assert result.returncode == 0, result.stdout[-5000:]
+    trained = re.findall(r"cv_loss: training with (.*?);", result.stdout)
+    assert sorted(trained) == [f"0.5 cross_entropy + {weight} lovasz" for weight in (0.1, 0.2)]
+
+
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_evaluate_command(make_config, axolotl):
     """`axolotl evaluate` makes its trainer in another way."""
@@ -254,121 +282,3 @@ def test_a_trainer_without_the_objective_is_not_trained():
     with pytest.raises(RuntimeError, match="not attached"):
         plugin.post_trainer_create(DictDefault({"cv_loss": {"terms": []}}), object())
     plugin.post_trainer_create(DictDefault({}), object())
-
-
-# Refusals, by Axolotl's validation
-
-
-@pytest.fixture
-def manager(monkeypatch):
-    """Axolotl's plugin manager is one for the process; each test gets a new one, and the old one comes back."""
-    monkeypatch.setattr(PluginManager, "_instance", None)
-    return PluginManager.get_instance()
-
-
-MACHINE = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
-
-
-def validated(config, before=(), after=()):
-    cfg = DictDefault({**config, "plugins": [*before, OURS, *after]})
-    prepare_plugins(cfg)
-    return validate_config(cfg, capabilities=MACHINE, env_capabilities={"torch_version": "2.13.0"})
-
-
-PLUGINS = {
-    "liger": "axolotl.integrations.liger.LigerPlugin",
-    "cut": "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
-    "kd": "axolotl.integrations.kd.KDPlugin",
-    "diffusion": "axolotl.integrations.diffusion.DiffusionPlugin",
-    "hatchery": "axolotl.integrations.hatchery.HatcheryPlugin",
-}
-
-# What is refused: the plugin it belongs to, the keys of the config, and the key that the message must name.
-REFUSED = [
-    ("cut", {"bf16": True}, "cut_cross_entropy"),  # its key defaults to true
-    ("cut", {"bf16": True, "cut_cross_entropy": True}, "cut_cross_entropy"),
-    ("liger", {"liger_cross_entropy": True}, "liger_cross_entropy"),
-    ("liger", {"liger_fused_linear_cross_entropy": True}, "liger_fused_linear_cross_entropy"),
-    ("liger", {"liger_fused_linear_cross_entropy": True, "liger_use_token_scaling": True}, "liger_fused_linear"),
-    ("kd", {"kd_trainer": True, "kd_alpha": 0.9}, "kd_trainer"),
-    ("diffusion", {}, "diffusion"),  # listing it is enough
-    ("diffusion", {"diffusion": {"eps": 0.01}}, "diffusion"),
-    ("hatchery", {"hatchery": {"backend": "tinker"}}, "hatchery"),
-    (None, {"chunked_cross_entropy": True}, "chunked_cross_entropy"),
-    (None, {"flash_attn_cross_entropy": True}, "flash_attn_cross_entropy"),
-    (None, {"use_eaft": True}, "use_eaft"),
-    (None, {"reward_model": True}, "reward_model"),
-    (None, {"process_reward_model": True}, "process_reward_model"),
-    (None, {"orpo_alpha": 0.1}, "orpo_alpha"),
-    (None, {"context_parallel_size": 2, "flash_attention": True}, "context_parallel_size"),
-    (None, {"sequence_parallel_degree": 2, "flash_attention": True}, "sequence_parallel_degree"),
-    (None, {"tensor_parallel_size": 2}, "tensor_parallel_size"),
-    *((None, {"rl": rl}, "rl") for rl in ("dpo", "ipo", "gdpo", "grpo", "orpo", "kto", "simpo", "ebft")),
-]
-
-
-@pytest.mark.parametrize(
-    ("plugin", "keys", "named", "order"),
-    [(*row, order) for row in REFUSED for order in ("before", "after") if row[0] or order == "after"],
-)
-def test_refused(plugin, keys, named, order, make_config, manager):
-    others = {order: [PLUGINS[plugin]]} if plugin else {}
-    with pytest.raises(ValueError, match=rf"cv_loss cannot be used with {named}\w*( above 1)?: .{{20}}"):
-        validated(make_config(**keys), **others)
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize(
-    ("plugin", "keys"),
-    [
-        ("liger", {"liger_rms_norm": True, "liger_rope": True, "liger_glu_activation": True, "liger_layer_norm": True}),
-        ("liger", {"liger_cross_entropy": False, "liger_fused_linear_cross_entropy": False}),
-        ("cut", {"cut_cross_entropy": False}),
-        ("kd", {}),
-    ],
-)
-def test_accepted(plugin, keys, order, make_config, manager):
-    cfg = validated(make_config(**keys), **{order: [PLUGINS[plugin]]})
-    assert [term["loss"] for term in cfg.cv_loss["terms"]] == ["cross_entropy", "lovasz"]
-    assert {key: cfg[key] for key in keys} == keys
-
-
-@pytest.mark.parametrize("key", ["context_parallel_size", "tensor_parallel_size"])
-def test_a_degree_of_one_is_accepted(key, make_config, manager):
-    assert validated(make_config(**{key: 1})).cv_loss
-
-
-def test_nothing_is_refused_without_the_key(make_config, manager):
-    assert validated(make_config(cv_loss=None, chunked_cross_entropy=True)).chunked_cross_entropy
-
-
-def test_every_problem_is_named_at_once(make_config, manager):
-    with pytest.raises(ValueError, match="use_eaft") as error:
-        validated(make_config(cv_loss={"lovas": 1, "focal": {"gamma": -1}}, use_eaft=True, rl="dpo"))
-    for part in ("with rl:", "did you mean lovasz", "cv_loss.focal.gamma: must be"):
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["cvloss", "cv-loss", "cv_losses", "CV_LOSS", "cv_los"])
-def test_misspelt_key(key, make_config, manager):
-    with pytest.raises(ValueError, match=f"unknown key {key}: did you mean cv_loss?"):
-        validated(make_config(cv_loss=None, **{key: "lovasz"}))
-
-
-@pytest.mark.parametrize("value", [{}, [], "", {"terms": []}, {"cross_entropy": 0}])
-def test_empty_key(value, make_config, manager):
-    with pytest.raises(ValueError, match="cv_loss"):
-        validated(make_config(cv_loss=value))
-
-
-def test_key_without_value(make_config, manager):
-    with pytest.raises(ValueError, match="cv_loss: None is not a loss"):
-        validated({**make_config(), "cv_loss": None})
-
-
-@pytest.mark.parametrize("value", ["lovasz", {"lovasz": 1}, {"terms": [{"loss": "lovasz"}]}])
-def test_spellings(value, make_config, manager):
-    """What Axolotl hands on is the long form, and reading it again, as Ray's workers do, changes nothing."""
-    cfg = validated(make_config(cv_loss=value))
-    assert [(term["loss"], term["weight"], term["tolerance"]) for term in cfg.cv_loss["terms"]] == [("lovasz", 1, 0)]
-    assert validate_config(cfg).cv_loss == cfg.cv_loss
