@@ -122,12 +122,10 @@ def traps(config: CVLossConfig) -> list[str]:
         if term not in trained
     ]
     names = " and ".join(dict.fromkeys(term.loss for term in trained))
-    if all(losses[term.loss].family == "number" for term in trained):
-        found.append(
-            f"{KEY}: {names} says nothing of tokens that are no numbers, so nothing trains those; mix it with "
-            "cross_entropy"
-        )
-    elif all(losses[term.loss].family == "number" or _of_classes_alone(losses[term.loss]) for term in trained):
+    silent = {losses[term.loss].kind.silent_on for term in trained}
+    if len(silent) == 1 and (tokens := silent.pop()):
+        found.append(f"{KEY}: {names} says nothing of {tokens}, so nothing trains those; mix it with cross_entropy")
+    elif all(losses[term.loss].kind.silent_on or _flat(losses[term.loss]) for term in trained):
         found.append(
             f"{KEY}: {names} without a loss of single tokens learns slowly: where the model gives a token little "
             "probability, its gradient is small too. The paper mixes 0.4 of such a loss with 0.6 of cross_entropy"
@@ -153,8 +151,8 @@ def traps(config: CVLossConfig) -> list[str]:
     return found
 
 
-def _of_classes_alone(loss: Loss) -> bool:
-    return loss.family in ("region", "ranking") and "logp" not in loss.statistics
+def _flat(loss: Loss) -> bool:
+    return loss.kind.flat and "logp" not in loss.statistics
 
 
 def _turning_point(terms: list[TermConfig]) -> float | None:

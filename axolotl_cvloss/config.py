@@ -135,7 +135,7 @@ class CVLossConfig(BaseModel):
     @property
     def needs_logits(self) -> bool:
         """Whether some term cannot do without the logits of all rows. ``NEEDS_LOGITS`` says so to users."""
-        return self.reference or any(available_losses()[term.loss].family == "dense" for term in self.terms)
+        return self.reference or any(available_losses()[term.loss].kind.on_logits for term in self.terms)
 
     def dump(self) -> dict[str, Any]:
         """The long form as plain data; ``parse`` reads it back."""
@@ -322,7 +322,7 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
     if not any(term.weight or "weight" in term.schedules for term in config.terms):
         problems.append(f"{KEY}: every weight is 0, so nothing would be trained; give one term a weight above 0")
     for term in config.terms:
-        if available_losses()[term.loss].family == "dense":
+        if available_losses()[term.loss].kind.on_logits:
             if config.head == "fused":
                 problems.append(f"{KEY}.head: {term.loss} is written on full logits; allowed with it: auto, logits")
             if term.reduce == "global":

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .descriptions import FAMILY
-from .engine.evaluate import Term
-from .registry import Loss
+from .engine.terms import Loss, Term
 
 GRID = torch.arange(1, 1000, dtype=torch.float64) / 1000  # values of p
 HIGHEST = 5.0  # value that a picture shows
@@ -33,9 +31,10 @@ def curve(loss: Loss, parameters: Mapping[str, Any]) -> Curve:
     Raises:
         NotACurve: The loss, or its form with these parameters, needs more than p.
     """
-    if loss.family != "token":
-        what = FAMILY[loss.family][0]
-        raise NotACurve(f"{loss.name} is not a function of p alone. Its family is {loss.family}: {what.lower()}")
+    if not loss.kind.pointwise:
+        raise NotACurve(
+            f"{loss.name} is not a function of p alone. Its family is {loss.family}: {loss.kind.words.lower()}"
+        )
     term = Term(loss.name, loss, parameters=dict(parameters))
     others = [name for name in loss.statistics if name != "logp" and term.needs(name)]
     if "logp" not in loss.statistics or not set(others) <= {"lse", "mean_logit"}:

@@ -5,29 +5,13 @@ import re
 from typing import Any
 
 from .config import allowed
-from .registry import FAMILIES, Loss
+from .registry import Loss
 
-# A family's losses in a sentence, and what they cost.
-FAMILY = {
-    "token": ("One value a token, from the probability of the target token.", "one visit"),
-    "row": ("One value a token, from all its logits.", "one visit, with autograd"),
-    "number": ("One value a number token, from the logits of the number tokens.", "one visit"),
-    "region": ("One value a set of tokens, from sums over each class of the set.", "two visits, frozen head: one"),
-    "ranking": (
-        "One value a set of tokens, from the errors of each class in their order.",
-        "two visits, frozen head: one",
-    ),
-    "document": (
-        "One value a set of tokens, from the probabilities of their targets.",
-        "two visits, frozen head: one",
-    ),
-    "dense": ("Written on all logits of a set of tokens.", "all logits in memory"),
-}
 VISIT = "A visit is one way through the logits, a chunk at a time; cross-entropy takes one."
 
 
 def cost(loss: Loss) -> str:
-    return FAMILY[loss.family][1]
+    return loss.kind.cost
 
 
 def needs(loss: Loss) -> str:
@@ -60,7 +44,7 @@ def described(loss: Loss) -> dict[str, Any]:
         "remarks": remarks(loss),
         "formula": loss.formula,
         "parameters": parameters(loss),
-        "needs": {name: FAMILIES[loss.family][name] for name in loss.statistics},
+        "needs": {name: loss.kind.statistics[name] for name in loss.statistics},
         "requires": loss.requires,
         "cost": cost(loss),
         "source": loss.source,

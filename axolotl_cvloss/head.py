@@ -87,11 +87,6 @@ class HeadTap:
         return logits.requires_grad_() if partitioned(self._head.module) else logits
 
 
-def is_linear(head: nn.Module) -> bool:
-    """It is a weight and perhaps a bias and nothing else: no adapter, not quantised."""
-    return type(head).forward is nn.Linear.forward and type(head.weight) in (Tensor, nn.Parameter)
-
-
 def partitioned(head: nn.Module) -> bool:
     """DeepSpeed's ZeRO-3 has the weights. It makes them whole for the backward pass of a module where the gradient of
     what the module has returned comes in, so the loss must depend on that."""

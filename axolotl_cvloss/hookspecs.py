@@ -24,6 +24,7 @@ class Register(Protocol):
         reference: Callable[..., Any] | None = None,
         only_if: dict[str, str] | None = None,
         requires: str = "",
+        at_once: bool = False,
     ) -> Callable[[Function], Function]: ...
 
 

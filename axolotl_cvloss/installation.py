@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .config import NEEDS_LOGITS
 from .engine import ranks
-from .engine.sources import Head
-from .head import HeadTap, is_linear, partitioned, postprocessing, processed
+from .engine.sources import Head, is_linear
+from .head import HeadTap, partitioned, postprocessing, processed
 from .objective import Objective, ObjectiveResult
-from .rows import IGNORE_INDEX
+from .rows import COMPLETION, IGNORE_INDEX, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class Installation:
         self.model = model
         self.objective = objective
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
-        self.counts: Mapping[str, Tensor] = {}
+        self.counts: Mapping[Selector, Tensor] = {}
+        self.progress = 0.0  # how much of training is done, for what follows a schedule
         self.evaluation: Evaluation | None = None
         self._weights = objective.config.example_weights
         if objective.config.needs_logits and objective.config.head != "logits":
@@ -145,12 +146,13 @@ class Installation:
                 "dataset must have it when it comes to the trainer: one number an example, or one a token"
             )
         run = partial(self.original, **inputs, return_dict=True)
-        counts = None if num_items_in_batch is None else {**self.counts, "completion": num_items_in_batch}
+        counts = None if num_items_in_batch is None else {**self.counts, COMPLETION: num_items_in_batch}
         given: dict[str, Any] = {
             "labels": labels if shift_labels is None else shift_labels,
             "shift": shift_labels is None,
             "num_items_in_batch": counts,
             "example_weights": weights,
+            "progress": self.progress,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
         if self.evaluation and self.evaluation.first_rows is not None:

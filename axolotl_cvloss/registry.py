@@ -4,97 +4,23 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
 import pluggy
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import ConfigDict, create_model
 
 from . import hookspecs
+from .engine.families import FAMILIES
+from .engine.family import Family
+from .engine.terms import Loss
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What the function of a loss is given, by family. Its further arguments have defaults and are its YAML parameters.
-FAMILIES: dict[str, dict[str, str]] = {
-    "token": {
-        "logp": "(N,) log-probability of each row's target",
-        "lse": "(N,) logsumexp of each row's logits",
-        "mean_logit": "(N,) mean of each row's logits",
-        "rarity": "(N,) (n_min / n_y)^(1/4), n_y how often the target is a label in the training set; no gradient",
-    },
-    "row": {
-        "logits": "(N, V) logits of some rows, float32 or float64",
-        "labels": "(N,) their targets",
-    },
-    "number": {
-        "number_logits": "(n, K) logits at the number tokens, of the rows whose target is one",
-        "values": "(K,) the values of the number tokens",
-        "target": "(n,) the value of each row's target",
-    },
-    "region": {
-        "intersection": "(C,) probability of class c summed over the rows labelled c",
-        "predicted": "(C,) probability of class c summed over all rows of the set",
-        "labelled": "(C,) number of rows labelled c",
-        "logp": "(n,) log-probability of the target of each row of the set",
-    },
-    "ranking": {
-        "errors": "(M,) errors, by class and from large to small within a class",
-        "foreground": "(M,) bool, whether the row of an error is labelled with the class",
-        "segment": "(M,) index 0..C-1 of the class of an error",
-        "labelled": "(C,) number of rows labelled with the class",
-    },
-    "document": {
-        "logp": "(n,) log-probability of the target of each row of one set",
-    },
-    "dense": {
-        "logits": "(n, V) logits of the rows of one set, float32 or float64",
-        "probabilities": "(n, V) their softmax",
-        "labels": "(n,) their targets",
-    },
-}
-SET_FAMILIES = ("region", "ranking", "document", "dense")
 RESERVED = (
     *("loss", "weight", "scope", "per", "reduce", "goldfish"),
     *("terms", "head", "example_weights", "reference"),
 )
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A registered loss: its function and all that is said about it to people."""
-
-    name: str
-    family: str
-    function: Callable[..., Any]
-    statistics: tuple[str, ...]
-    parameters: type[BaseModel]
-    formula: str
-    source: str
-    summary: str
-    helps: str = ""
-    hurts: str = ""
-    reference: Callable[..., Any] | None = None
-    only_if: dict[str, str] = field(default_factory=dict)
-    requires: str = ""
-
-    @property
-    def per_set(self) -> bool:
-        return self.family in SET_FAMILIES
-
-    @property
-    def needs_more(self) -> bool:
-        """Whether logits and labels are not enough, but a tokenizer or the counts of labels are needed too."""
-        return self.family == "number" or "rarity" in self.statistics
-
-    @property
-    def built_in(self) -> bool:
-        """Whether it is of this package, and not of another one that is installed, or of a script."""
-        return self.function.__module__.startswith("axolotl_cvloss.")
-
-    def __reduce__(self) -> Any:
-        """By its name, as its parameters are a class that exists nowhere else."""
-        return get_loss, (self.name,)
 
 
 _losses: dict[str, Loss] = {}
@@ -107,12 +33,13 @@ def register_loss(
     reference: Callable[..., Any] | None = None,
     only_if: dict[str, str] | None = None,
     requires: str = "",
+    at_once: bool = False,
 ) -> Callable[[Function], Function]:
     """Make a function a loss that the ``cv_loss`` key knows by ``name``.
 
-    The arguments of the function without a default are the statistics it needs; ``FAMILIES`` lists them. Its
-    arguments with a default become YAML parameters, with the bounds of their annotations. The lines ``Formula:``,
-    ``Source:``, ``Helps:`` and ``Hurts:`` of its docstring are shown to users.
+    The arguments of the function without a default are the statistics it needs; the ``statistics`` of its family list
+    them. Its arguments with a default become YAML parameters, with the bounds of their annotations. The lines
+    ``Formula:``, ``Source:``, ``Helps:`` and ``Hurts:`` of its docstring are shown to users.
 
     Args:
         name: The key in the YAML; lower case letters, digits and underscores.
@@ -127,6 +54,9 @@ def register_loss(
             elsewhere the function gets None for them.
         requires: A package that the function imports, which not everybody has; configs that name the loss are then
             refused with a word on how to install it.
+        at_once: Of the family ``region``: the value of a class depends on the statistics of this class alone, so the
+            function may be given the classes of many sets at once. Without it, sets of equal size are batched by
+            ``torch.vmap``, and one after the other where it cannot follow.
 
     Raises:
         ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a
@@ -151,12 +81,13 @@ def register_loss(
                 statistics.append(argument.name)
             else:
                 fields[argument.name] = (hints.get(argument.name, type(argument.default)), argument.default)
-        if not statistics or not set(statistics) <= set(FAMILIES[family]):
+        known = FAMILIES[family].statistics
+        if not statistics or not set(statistics) <= set(known):
             raise ValueError(
                 f"loss {name!r}: arguments without a default must be statistics of the family {family!r} "
-                f"({', '.join(FAMILIES[family])}), not {', '.join(statistics) or 'none'}"
+                f"({', '.join(known)}), not {', '.join(statistics) or 'none'}"
             )
-        if taken := set(fields) & {*RESERVED, *FAMILIES[family]}:
+        if taken := set(fields) & {*RESERVED, *known}:
             raise ValueError(f"loss {name!r}: {', '.join(sorted(taken))} cannot be the name of a parameter")
         if not set(only_if or {}) <= set(statistics) or not set((only_if or {}).values()) <= set(fields):
             raise ValueError(f"loss {name!r}: only_if maps statistics of the loss to parameters of it, not {only_if}")
@@ -166,7 +97,7 @@ def register_loss(
         text = inspect.getdoc(function) or ""
         _losses[name] = Loss(
             name=name,
-            family=family,
+            kind=FAMILIES[family],
             function=function,
             statistics=tuple(statistics),
             parameters=parameters,
@@ -178,10 +109,22 @@ def register_loss(
             reference=reference,
             only_if=only_if or {},
             requires=requires,
+            at_once=at_once,
         )
         return function
 
     return register
+
+
+def register_family(family: Family) -> None:
+    """Make a family of losses one that ``register_loss`` knows by its name; see ``engine.family``.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if family.name in FAMILIES:
+        raise ValueError(f"a family named {family.name!r} is there already")
+    FAMILIES[family.name] = family
 
 
 def available_losses() -> dict[str, Loss]:

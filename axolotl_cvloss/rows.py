@@ -1,8 +1,8 @@
 """Which rows count: the causal shift, scopes, documents and masks. Nothing else in the package masks or shifts."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +11,30 @@ IGNORE_INDEX = -100
 
 
 class Filter(Protocol):
-    """Which rows of a scope a term looks at."""
+    """Which rows of a scope a term looks at. Hashable."""
 
     def __call__(self, targets: Tensor, input_ids: Tensor | None, documents: Tensor) -> Tensor:
         """(B, T) bool, from the token that each row predicts, the tokens of the input, and their documents."""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Which rows a term looks at: those of a scope that all filters keep.
+
+    The scope ``completion`` has the rows whose label is not -100; ``sequence`` has in addition every row whose next
+    token is not padding, with that token of ``input_ids`` as its label. A row never predicts the first token of another
+    document.
+    """
+
+    scope: str = "completion"
+    filters: tuple[Filter, ...] = ()
+
+    def only(self, kept: Filter) -> "Selector":
+        """With one more filter."""
+        return replace(self, filters=(*self.filters, kept))
+
+
+COMPLETION, SEQUENCE = Selector("completion"), Selector("sequence")
 
 
 @dataclass
@@ -24,15 +44,44 @@ class Rows:
     index: (N,) position of each row among the B * T rows of logits.
     labels: (N,) its target.
     documents: (N,) number of its document; not decreasing.
-    scopes: for each scope, (N,) bool, whether the row belongs to it.
+    scopes: for each selector, (N,) bool, whether the row belongs to it.
     weights: (N,) what the values of a row are multiplied by, or None: all alike.
+    aligned: (B, T) all labels, in line with the rows of logits, as the paper's code has them.
+    shifted: whether that took a shift.
     """
 
     index: Tensor
     labels: Tensor
     documents: Tensor
-    scopes: dict[str, Tensor]
-    weights: Tensor | None = None
+    scopes: dict[Selector, Tensor]
+    weights: Tensor | None
+    aligned: Tensor
+    shifted: bool
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
+        """On a device, with weights of that dtype."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(each) for name, each in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+        return Rows(**{each.name: moved(getattr(self, each.name)) for each in fields(self)})
+
+
+def in_main_memory(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    """The tensors of a batch (whole numbers, or weights) in main memory, fetched from a device all at once."""
+    away = {name: x for name, x in tensors.items() if x is not None and x.device.type != "cpu"}
+    if away:
+        # Whole numbers below 2^53 are the same in float64, but not every device has it: weights travel as their bits.
+        words = [x.float().view(torch.int32).long() if x.is_floating_point() else x.long() for x in away.values()]
+        fetched = torch.cat([x.flatten() for x in words]).cpu().split([x.numel() for x in words])
+        for (name, x), part in zip(away.items(), fetched, strict=True):
+            part = part.int().view(torch.float32) if x.is_floating_point() else part
+            tensors[name] = part.view(x.shape)
+    return tensors
 
 
 def select_rows(
@@ -42,17 +91,10 @@ def select_rows(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     input_ids: Tensor | None = None,
-    scopes: tuple[str, ...] = ("completion",),
-    filters: Mapping[str, Filter] | None = None,
+    selectors: Sequence[Selector] = (COMPLETION,),
     example_weights: Tensor | None = None,
 ) -> Rows:
-    """The rows of a batch that ``scopes`` name.
-
-    A scope is ``completion`` or ``sequence``, or one of them behind which filters stand: ``completion/goldfish``.
-
-    The scope ``completion`` has the rows whose label is not -100; ``sequence`` has in addition every row whose
-    next token is not padding, with that token of ``input_ids`` as its label. A row never predicts the first token
-    of another document.
+    """The rows of a batch that some selectors name, in main memory.
 
     Args:
         labels: (B, T) or (N,), int64; -100 is ignored.
@@ -60,10 +102,17 @@ def select_rows(
         position_ids: (B, T), or (P, B, T); a document begins where they do not increase in any of the P planes.
         attention_mask: (B, T); 0 is padding. Where documents are numbered 1, 2, ... in it, these are used too.
         input_ids: (B, T), what the model was given (never shifted), for the scope ``sequence`` and for filters.
-        filters: The filters by name.
         example_weights: (B,), one an example, or one a token in the shape of the labels.
     """
-    labels = torch.atleast_2d(labels).long()
+    given = in_main_memory(
+        labels=labels,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        input_ids=input_ids if any(s.scope == "sequence" or s.filters for s in selectors) else None,
+        example_weights=example_weights,
+    )
+    labels = torch.atleast_2d(given["labels"]).long()
+    position_ids, attention_mask, input_ids, example_weights = (given[n] for n in list(given)[1:])
     if attention_mask is not None:
         attention_mask = torch.atleast_2d(attention_mask)
     documents = _documents(labels, position_ids, attention_mask)
@@ -74,25 +123,27 @@ def select_rows(
     if shift:
         completion &= within
     sequence = completion
-    if any(scope.startswith("sequence") for scope in scopes):
+    if any(selector.scope == "sequence" for selector in selectors):
         if input_ids is None:
             raise ValueError("cv_loss: scope: sequence needs input_ids beside the labels")
         tokens = _not_padding(labels, documents, position_ids, attention_mask)
         sequence = completion | (tokens.roll(-1, dims=1) & within)
         targets = torch.where(completion, targets, input_ids.view_as(labels).roll(-1, dims=1))
     index = sequence.flatten().nonzero().squeeze(1)
-    masks = {"completion": completion, "sequence": sequence}
-    for scope in scopes:
-        mask, (_, *names) = masks[scope.split("/")[0]], scope.split("/")
-        for name in names:
-            mask = mask & filters[name](targets, input_ids, documents)  # type: ignore[index]
-        masks[scope] = mask
+    masks = {COMPLETION: completion, SEQUENCE: sequence}
+    for selector in selectors:
+        mask = masks[Selector(selector.scope)]
+        for kept in selector.filters:
+            mask = mask & kept(targets, input_ids, documents)
+        masks[selector] = mask
     return Rows(
         index=index,
         labels=targets.flatten()[index],
         documents=documents.flatten()[index],
-        scopes={scope: masks[scope].flatten()[index] for scope in scopes},
+        scopes={selector: masks[selector].flatten()[index] for selector in selectors},
         weights=None if example_weights is None else _row_weights(example_weights, labels, shift).flatten()[index],
+        aligned=aligned_labels(labels, shift),
+        shifted=shift,
     )
 
 

@@ -1,5 +1,6 @@
 """What some losses need to know of the vocabulary: which tokens are numbers, and how often each token is a target."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,12 @@ class NumberTokens:
 
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (K,), rising, and their values (K,) in the dtype of a tensor."""
-        return torch.tensor(self.tokens, device=like.device), like.new_tensor(self.values)
+        tokens, values = torch.tensor(self.tokens), torch.tensor(self.values, dtype=like.dtype)
+        return tokens.to(like.device, non_blocking=True), values.to(like.device, non_blocking=True)
+
+    def below(self, vocab_size: int) -> int:
+        """How many of the tokens a vocabulary of that size has."""
+        return bisect_left(self.tokens, vocab_size)
 
 
 def count_labels(labels: Iterable[Any]) -> Tensor:

@@ -19,9 +19,8 @@ from axolotl_cvloss import Objective, available_losses, register_loss
 from axolotl_cvloss.checking import HOSTS
 from axolotl_cvloss.cli import cli
 from axolotl_cvloss.config import CVLossConfig
-from axolotl_cvloss.descriptions import FAMILY
+from axolotl_cvloss.engine.families import FAMILIES
 from axolotl_cvloss.hosts.axolotl_keys import CONFLICTS, LISTED, PARALLEL, SAVERS
-from axolotl_cvloss.registry import FAMILIES
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted(path for path in (REPOSITORY / "example_configs").glob("*.yaml") if ".sweep" not in path.name)
@@ -62,11 +61,14 @@ def test_list():
     assert [columns(line)[0] for line in lines] == list(available_losses())
     for line, loss in zip(lines, available_losses().values(), strict=True):
         assert f" {loss.formula} " in line
-        assert FAMILY[loss.family][1] in line
+        assert loss.kind.cost in line
 
 
 def test_every_family_has_its_words():
-    assert set(FAMILY) == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert family.name == name
+        assert family.words.endswith(".")
+        assert family.cost
 
 
 def test_list_as_json():

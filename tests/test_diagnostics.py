@@ -6,7 +6,7 @@ from helpers import BATCHES, VOCAB, make_batch
 from torch import nn
 
 from axolotl_cvloss import Objective
-from axolotl_cvloss.engine import compute
+from axolotl_cvloss.engine import batch as engine_batch
 
 OBJECTIVES = {
     "token": "focal",
@@ -18,9 +18,7 @@ OBJECTIVES = {
 
 
 def diagnosing(config):
-    objective = Objective.from_config(config)
-    objective.diagnose = True
-    return objective
+    return Objective.from_config(config, diagnose=True)
 
 
 def by_definition(batch, logits):
@@ -34,7 +32,7 @@ def by_definition(batch, logits):
 
 @pytest.fixture(params=[1, 4, 1000], ids=lambda n: f"chunk{n}")
 def _chunk(request, monkeypatch):
-    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", request.param * VOCAB * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", request.param * VOCAB * 8)
 
 
 @pytest.mark.usefixtures("_chunk")

@@ -7,7 +7,7 @@ from sampling import pairwise
 from torch import nn
 
 from axolotl_cvloss import Objective, available_losses
-from axolotl_cvloss.engine import compute
+from axolotl_cvloss.engine import batch as engine_batch
 
 V, H, B, T = 37, 8, 2, 19
 
@@ -41,7 +41,7 @@ def chunk(request, monkeypatch):
 
 
 def set_chunk(monkeypatch, rows):
-    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", rows * V * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", rows * V * 8)
 
 
 def batch(seed=0, trained=slice(5, None)):
@@ -142,7 +142,7 @@ def test_extreme_models(name, size, frozen):
 @pairwise(name=NAMES, dtype=DTYPES, frozen=[False, True])
 def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatch):
     """Against float64, a fused head loses no more than full logits of the same dtype do."""
-    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", 5 * V * 4)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", 5 * V * 4)
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = tensors(dtype)
     wanted = (True, not frozen, False)
@@ -254,7 +254,7 @@ def test_wrong_shapes_and_reference_are_refused():
 @pytest.mark.parametrize("most", [1, 3, 341, 5000])
 @pytest.mark.parametrize("n", [0, 1, 4, 341, 2048])
 def test_chunks_are_few_and_even(n, most):
-    parts = [list(range(n))[chunk] for chunk in compute.chunks_of(n, most)]
+    parts = [list(range(n))[chunk] for chunk in engine_batch.chunks_of(n, most)]
     assert [i for part in parts for i in part] == list(range(n))
     assert len(parts) <= -(-n // most)
     sizes = {len(part) for part in parts}

@@ -7,8 +7,8 @@ from naive import COUNTS, NAIVE, NUMBERS
 
 from axolotl_cvloss import Objective
 from axolotl_cvloss.config import ConfigError, CVLossConfig
-from axolotl_cvloss.engine import compute
-from axolotl_cvloss.rows import Goldfish, select_rows
+from axolotl_cvloss.engine import batch as engine_batch
+from axolotl_cvloss.rows import Goldfish, Selector, select_rows
 from axolotl_cvloss.vocabulary import count_labels, number_tokens, rarity
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -53,7 +53,7 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("name", NUMBER_LOSSES)
 def test_number_losses(name, mix, source, chunk, monkeypatch):
-    monkeypatch.setitem(compute.CHUNK_BYTES, "cpu", chunk * 12 * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", chunk * 12 * 8)
     states, weight, labels = data()
     states.requires_grad_()
     weight.requires_grad_(source != "frozen")
@@ -162,8 +162,9 @@ def test_counts_of_labels():
 def test_goldfish_leaves_rows_out(kind, scope):
     batch = make_batch(kind)
     fish = Goldfish(k=2, h=2)
-    plain, fished = scope, f"{scope}/{fish}"
-    rows = select_rows(batch.labels, scopes=(plain, fished), filters={str(fish): fish}, **batch.inputs)
+    plain = Selector(scope)
+    fished = plain.only(fish)
+    rows = select_rows(batch.labels, selectors=(plain, fished), **batch.inputs)
     # Documents as the batch was made with, padding counted as one of them.
     dropped = dropped_naive(batch.inputs["input_ids"], batch.documents, 2, 2).flatten()[rows.index]
     assert dropped.any()

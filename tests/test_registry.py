@@ -12,7 +12,8 @@ from pydantic import Field
 
 from axolotl_cvloss import Objective, available_losses, hookimpl, register_loss, registry
 from axolotl_cvloss.config import ConfigError, CVLossConfig
-from axolotl_cvloss.registry import FAMILIES, get_loss, plugin_manager
+from axolotl_cvloss.engine.families import FAMILIES
+from axolotl_cvloss.registry import get_loss, plugin_manager
 
 N, VOCAB = 9, 5
 
@@ -192,7 +193,7 @@ def test_descriptions_of_the_built_in_losses_are_complete():
         assert loss.source, f"{name}: no line 'Source:' in its docstring"
         assert loss.summary.endswith("."), f"{name}: the docstring does not start with a sentence"
         assert loss.per_set == (loss.family in ("region", "ranking", "document"))
-        assert set(loss.statistics) <= set(FAMILIES[loss.family])
+        assert set(loss.statistics) <= set(FAMILIES[loss.family].statistics)
         assert "\n" not in loss.formula + loss.source
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import BATCHES, make_batch
 
-from axolotl_cvloss.rows import aligned_labels, select_rows
+from axolotl_cvloss.rows import COMPLETION, SEQUENCE, Selector, aligned_labels, select_rows
 
 X = -100
-BOTH = ("completion", "sequence")
+BOTH = (COMPLETION, SEQUENCE)
 
 
 def tensor(*lines):
@@ -16,11 +16,11 @@ def tensor(*lines):
 
 def rows(labels, scope="completion", **inputs):
     """[(position, label), ...] of a scope, and their documents, numbered from 0 as they come."""
-    scopes = ("completion",) if scope == "completion" else BOTH
-    found = select_rows(labels, scopes=scopes, **inputs)
+    selectors = (COMPLETION,) if scope == "completion" else BOTH
+    found = select_rows(labels, selectors=selectors, **inputs)
     assert len(found.index) == len(found.labels) == len(found.documents)
     assert (found.documents.diff() >= 0).all()
-    chosen = found.scopes[scope]
+    chosen = found.scopes[Selector(scope)]
     documents = found.documents[chosen].unique(return_inverse=True)[1]
     pairs = zip(found.index[chosen].tolist(), found.labels[chosen].tolist(), strict=True)
     return list(pairs), documents.tolist()
@@ -69,7 +69,7 @@ def test_nothing_to_predict(shape):
 
 def test_the_labels_are_left_as_they_were():
     labels = tensor([5, X, 7])
-    select_rows(labels, input_ids=tensor([5, 6, 7]), scopes=BOTH)
+    select_rows(labels, input_ids=tensor([5, 6, 7]), selectors=BOTH)
     assert labels.tolist() == [[5, X, 7]]
 
 
@@ -169,11 +169,11 @@ def test_sequence_takes_the_prompt_too():
 
 def test_both_scopes_share_their_rows():
     labels, input_ids = tensor([X, X, 3, X]), tensor([1, 2, 3, 4])
-    found = select_rows(labels, input_ids=input_ids, scopes=BOTH)
+    found = select_rows(labels, input_ids=input_ids, selectors=BOTH)
     assert found.index.tolist() == [0, 1, 2]
     assert found.labels.tolist() == [2, 3, 4]
-    assert found.scopes["completion"].tolist() == [False, True, False]
-    assert found.scopes["sequence"].tolist() == [True, True, True]
+    assert found.scopes[COMPLETION].tolist() == [False, True, False]
+    assert found.scopes[SEQUENCE].tolist() == [True, True, True]
 
 
 def test_a_label_goes_before_the_token():
@@ -229,7 +229,7 @@ def test_sequence_needs_input_ids():
 # All of it, against the definition
 
 
-@pytest.mark.parametrize("scope", BOTH)
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
 @pytest.mark.parametrize("kind", BATCHES)
 def test_rows_are_those_of_the_definition(kind, scope):
     for seed in range(5):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from axolotl_cvloss import available_losses
 from axolotl_cvloss.curves import Curve, NotACurve, curve, save
-from axolotl_cvloss.descriptions import FAMILY, VISIT, described, plain
-from axolotl_cvloss.registry import FAMILIES, Loss
+from axolotl_cvloss.descriptions import VISIT, described, plain
+from axolotl_cvloss.engine.families import FAMILIES
+from axolotl_cvloss.engine.terms import Loss
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
@@ -94,12 +95,12 @@ def paper(text: str) -> str:
 
 def page(family: str, losses: list[Loss]) -> str:
     """The page of a family."""
-    what, cost = FAMILY[family]
+    kind = FAMILIES[family]
     lines = [
         "<!-- Written by tools/docs.py from the docstrings. -->",
         f"# Losses of the family {family}",
-        f"{what} Cost: {cost}. {VISIT}",
-        table([("given to the loss", ""), *((f"`{name}`", said) for name, said in FAMILIES[family].items())]),
+        f"{kind.words} Cost: {kind.cost}. {VISIT}",
+        table([("given to the loss", ""), *((f"`{name}`", said) for name, said in kind.statistics.items())]),
     ]
     if family == "token":
         lines += [

@@ -1,5 +1,6 @@
 """The gradient of a chunk of logits: p times one number a row, and values at a few columns."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,7 @@ class LogitGradient:
         p: Tensor | None,
         logp: Tensor,
         labels: Tensor,
-        cotangents: dict[str, Tensor],
+        cotangents: Mapping[str, Tensor],
         columns: list[tuple[Window, Tensor]],
         dense: Tensor | None = None,
     ) -> "LogitGradient":
@@ -151,3 +152,22 @@ def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     largest, where = logits.max(1)
     p = torch.softmax(logits, 1, out=logits)
     return p, largest - p.gather(1, where[:, None]).squeeze(1).log()
+
+
+def cotangents(total: Tensor | float, leaves: Iterable[Tensor]) -> list[Tensor]:
+    """The gradient of a total for each of its leaves, zeros where it does not depend on one."""
+    leaves = list(leaves)
+    if not isinstance(total, Tensor) or not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the gradient of a tensor until the scale of the loss has come to it, in the backward pass."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .gradient import LogitGradient, fitted, restored
+from .gradient import LogitGradient, fitted, gradient_dtype, restored, statistics_dtype
 
 
 class LogitSource:
@@ -51,16 +51,6 @@ class LogitSource:
     def gradients(self) -> list[Tensor | None]:
         """One for each of ``tensors``."""
         raise NotImplementedError
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of the gradient of a tensor until the scale of the loss has come to it, in the backward pass."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class TensorSource(LogitSource):
@@ -337,3 +327,28 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, *self.where)
+
+
+def is_linear(head: nn.Module) -> bool:
+    """It is a weight and perhaps a bias and nothing else: no adapter, not quantised."""
+    return type(head).forward is nn.Linear.forward and type(head.weight) in (Tensor, nn.Parameter)
+
+
+def head_source(
+    hidden_states: Tensor, head: Tensor | nn.Module | Head, index: Tensor, scale: float, softcap: float | None
+) -> LogitSource:
+    """The source for a head: its weight (V, H), or its module, which is called where it is more than a weight."""
+    weight, bias = head, None
+    if not isinstance(head, Tensor):
+        if isinstance(head, nn.Module):
+            head = Head(head, head)
+        module = head.module
+        if not is_linear(module):
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            return ModuleSource(hidden_states, head.forward, parameters, index, scale, softcap)
+        weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert not isinstance(bias, nn.Module)
+    device = hidden_states.device.type
+    compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return LinearSource(hidden_states, weight, bias, index, scale, softcap, compute_dtype)

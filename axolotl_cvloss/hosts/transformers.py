@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..engine.sets import SetCounts
 from ..installation import Evaluation, Installation, installation
 from ..objective import Objective, ObjectiveResult
+from ..rows import COMPLETION
 from ..vocabulary import count_labels
 from .example_weights import WeightCollator
 from .trl_keys import parallel
@@ -37,7 +38,7 @@ class ObjectiveTrainer(Trainer):
         if self.cv_loss.evaluation or not batch_samples or "labels" not in batch_samples[0]:
             return None
         objective = self.cv_loss.objective
-        totals = torch.zeros(len(objective.scopes), dtype=torch.long, device=device)
+        totals = torch.zeros(len(objective.selectors), dtype=torch.long, device=device)
         for batch in batch_samples:
             shifted = batch.get("shift_labels")
             rows = objective.select_rows(
@@ -45,11 +46,11 @@ class ObjectiveTrainer(Trainer):
                 shift=shifted is None,
                 **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
             )
-            totals += torch.stack([rows.scopes[scope].sum() for scope in objective.scopes]).to(device)
+            totals += torch.stack([rows.scopes[selector].sum() for selector in objective.selectors]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None]).sum(0)
-        self.cv_loss.counts = dict(zip(objective.scopes, totals.clamp_min(1), strict=True))
-        return self.cv_loss.counts["completion"]
+        self.cv_loss.counts = dict(zip(objective.selectors, totals.clamp_min(1), strict=True))
+        return self.cv_loss.counts[COMPLETION]
 
     def _cv_record(self, result: ObjectiveResult) -> None:
         self._cv_used = self._cv_used or self.cv_loss.model.training
@@ -90,8 +91,9 @@ class ObjectiveTrainer(Trainer):
             if sets[number]:
                 logs[f"cv_loss/{term.name}/sets"] = sets[number]
                 logs[f"cv_loss/{term.name}/classes"] = classes[number] / sets[number]
+            now = term.at(self.cv_loss.progress)
             for name in term.schedules if training else ():
-                logs[f"cv_loss/{term.name}/{name}"] = term.weight if name == "weight" else term.parameters[name]
+                logs[f"cv_loss/{term.name}/{name}"] = now.weight if name == "weight" else now.parameters[name]
         return logs
 
     def _cv_check(self, step: int, training: bool, names: list[str], values: Tensor) -> None:
@@ -106,7 +108,7 @@ class ObjectiveTrainer(Trainer):
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.cv_loss.objective.advance(self.state.global_step / max(1, self.state.max_steps))
+        self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
         loss = super().training_step(*args, **kwargs)
         self._cv_demand_use()
         return loss
@@ -162,8 +164,9 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _inform(objective: Objective, trainer: Trainer) -> None:
-    """Tell the objective what its losses need to know of the tokenizer and of the training set."""
+def _complete(objective: Objective, trainer: Trainer) -> Objective:
+    """The objective with what its losses need to know of the tokenizer and of the training set."""
+    tokenizer, label_counts = objective.tokenizer, objective.label_counts
     if objective.needs_tokenizer:
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         if not hasattr(tokenizer, "get_vocab"):
@@ -171,7 +174,6 @@ def _inform(objective: Objective, trainer: Trainer) -> None:
                 f"cv_loss: {objective} needs a tokenizer; give the trainer one as processing_class, or the objective: "
                 "Objective.from_config(..., tokenizer=tokenizer)"
             )
-        objective.take_tokenizer(tokenizer)
     if objective.needs_label_counts:
         data = trainer.train_dataset
         if not hasattr(data, "__len__") or "labels" not in (data[0] if len(data) else ()):
@@ -181,7 +183,8 @@ def _inform(objective: Objective, trainer: Trainer) -> None:
                 "Objective.from_config(..., label_counts=counts)"
             )
         rows = tqdm(range(len(data)), desc="cv_loss: counting labels", disable=not trainer.is_world_process_zero())
-        objective.label_counts = count_labels(data[i]["labels"] for i in rows)
+        label_counts = count_labels(data[i]["labels"] for i in rows)
+    return Objective(objective.config, tokenizer=tokenizer, label_counts=label_counts, diagnose=objective.diagnose)
 
 
 def attach(trainer: Trainer) -> None:
@@ -205,7 +208,7 @@ def attach(trainer: Trainer) -> None:
     # From TrainingArguments, the command line or the environment, or from a model that is split already.
     if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
         raise RuntimeError("\n".join(problems))
-    _inform(installed.objective, trainer)
+    installed.objective = _complete(installed.objective, trainer)
     if column := installed.objective.config.example_weights:
         trainer.data_collator = WeightCollator(trainer.data_collator, column)
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.

@@ -86,8 +86,7 @@ class CVLossSFTTrainer(SFTTrainer):
         # accelerate may have been told on the command line or in the environment.
         if problems := parallel(getattr(self.accelerator, "parallelism_config", None)):
             raise ConfigError("\n".join(problems))
-        objective = Objective.from_config(args.cv_loss)
-        objective.diagnose = True
+        objective = Objective.from_config(args.cv_loss, diagnose=True)
         install(self.model, objective)
         attach(self)
         if column := objective.config.example_weights:  # SFTTrainer has a list of the columns that it keeps

@@ -1,7 +1,7 @@
 """Losses of a set of rows that see the log-probabilities of its targets.
 
-A set is a document (or the micro-batch). Each loss takes ``logp`` (n,), float32 or float64, and returns the value of
-the set, a scalar.
+A set is a document (or the micro-batch). Each loss takes ``logp`` (n,), float32 or float64, of the rows of all sets,
+with ``rows``, which says whose they are, and returns one value a set, (S,).
 """
 
 import math
@@ -9,12 +9,13 @@ import math
 import torch
 from torch import Tensor
 
+from ..engine.segments import Segments
 from ..hookspecs import hookimpl
 from .bounds import Number, PositiveFraction
 from .token import _tiny
 
 
-def topk_cross_entropy(logp: Tensor, k: PositiveFraction = 0.1) -> Tensor:
+def topk_cross_entropy(logp: Tensor, rows: Segments, k: PositiveFraction = 0.1) -> Tensor:
     """Cross-entropy of the hardest tokens of each document alone: the fraction ``k`` of them, at least one.
 
     Formula: mean of the k n largest -log p of n
@@ -23,10 +24,12 @@ def topk_cross_entropy(logp: Tensor, k: PositiveFraction = 0.1) -> Tensor:
     Hurts: with wrong labels, which are the hardest tokens of all. No evidence in fine-tuning yet; the default of k is
         ours.
     """
-    return (-logp).topk(max(1, int(k * len(logp))), sorted=False).values.mean()  # a NaN is the largest, and is seen
+    wanted = (k * rows.sizes.double()).long().clamp_min(1).to(logp.device, non_blocking=True)
+    hard = rows.rank(-logp) < wanted[rows.index]  # a NaN is the largest, and is seen
+    return rows.sum(torch.where(hard, -logp, 0)) / wanted
 
 
-def direct_coverage(logp: Tensor, n: Number = 256) -> Tensor:
+def direct_coverage(logp: Tensor, rows: Segments, n: Number = 256) -> Tensor:
     """Minus the log of the chance that one of ``n`` sampled answers is the whole document: pass@n.
 
     The gradient is that of the document's sum of -log p, times a factor that falls from 1 to 0 once P n passes 1. As
@@ -39,7 +42,7 @@ def direct_coverage(logp: Tensor, n: Number = 256) -> Tensor:
     Hurts: the first answer (pass@1), which cross-entropy trains further. Long documents have P near 0, and then it is
         the sum of -log p alone.
     """
-    log_probability = logp.sum()
+    log_probability = rows.sum(logp)
     # Below, (1 - P)^n is 1 - n P to rounding; P itself may be too small for a number.
     least = -36 - math.log(n)
     inside = log_probability.clamp_min(least)

@@ -2,14 +2,16 @@
 
 A set is a document (or the micro-batch); its classes c are the tokens that occur among its labels. Each loss takes
 ``intersection`` I, ``predicted`` S and ``labelled`` N, each (C,), float32 or float64, and returns a value a class,
-(C,), whose mean is the value of the set, or the value of the set, a scalar. ``logp`` (n,) has the log-probability of
-the target of each row of the set.
+(C,), whose mean is the value of the set. Those that are registered as ``at_once``, or ask for ``classes``, get the
+classes of all sets at once; the latter return one value a set, (S,). ``logp`` (n,) has the log-probabilities of the
+targets of the ``rows`` of the sets.
 
 All of them are bounded, and flat where the model is far off, so mix them with cross-entropy.
 """
 
 from torch import Tensor
 
+from ..engine.segments import Segments
 from ..hookspecs import hookimpl
 from . import reference
 from .bounds import Fraction, NonNegative, Positive, PositiveFraction
@@ -93,7 +95,9 @@ def focal_tversky(
     return tversky(intersection, predicted, labelled, alpha, beta, smooth).clamp_min(_tiny(intersection)) ** gamma
 
 
-def log_cosh_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonNegative = 1.0) -> Tensor:
+def log_cosh_dice(
+    intersection: Tensor, predicted: Tensor, labelled: Tensor, classes: Segments, smooth: NonNegative = 1.0
+) -> Tensor:
     """Dice made smooth near 0, where it becomes half its square.
 
     Formula: log cosh(mean over c of dice_c)
@@ -101,7 +105,7 @@ def log_cosh_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smo
     Helps: as dice, with gradients that fade towards the end of training.
     Hurts: as dice, and it stops sooner. No evidence in fine-tuning yet.
     """
-    return dice(intersection, predicted, labelled, smooth).mean().cosh().log()
+    return classes.mean(dice(intersection, predicted, labelled, smooth)).cosh().log()
 
 
 def unified_focal(
@@ -109,6 +113,8 @@ def unified_focal(
     predicted: Tensor,
     labelled: Tensor,
     logp: Tensor,
+    classes: Segments,
+    rows: Segments,
     focal_weight: Fraction = 0.5,
     delta: PositiveFraction = 0.6,
     gamma: PositiveFraction = 0.5,
@@ -121,12 +127,14 @@ def unified_focal(
     Helps: one set of parameters in the place of a mixture of two terms.
     Hurts: it takes away the choice of scope and weight for each part. No evidence in fine-tuning yet.
     """
-    rows = delta * focal(logp, gamma=1 - gamma).mean()
-    regions = focal_tversky(intersection, predicted, labelled, 1 - delta, delta, gamma, smooth).mean()
-    return focal_weight * rows + (1 - focal_weight) * regions
+    tokens = delta * rows.mean(focal(logp, gamma=1 - gamma))
+    regions = classes.mean(focal_tversky(intersection, predicted, labelled, 1 - delta, delta, gamma, smooth))
+    return focal_weight * tokens + (1 - focal_weight) * regions
 
 
-def generalized_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonNegative = 1e-5) -> Tensor:
+def generalized_dice(
+    intersection: Tensor, predicted: Tensor, labelled: Tensor, classes: Segments, smooth: NonNegative = 1e-5
+) -> Tensor:
     """Dice over all classes at once, each weighted by the inverse of its squared size.
 
     Formula: 1 - (2 sum_c w_c I_c + smooth) / (sum_c w_c (S_c + N_c) + smooth), w_c = 1 / N_c^2
@@ -135,12 +143,14 @@ def generalized_dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, 
     Hurts: frequent tokens hardly count. The paper's own figures for it say nothing: its code trains nothing with it.
     """
     weight = labelled**-2
-    overlap = (weight * intersection).sum()
-    return 1 - (2 * overlap + smooth) / ((weight * (predicted + labelled)).sum() + smooth)
+    overlap = classes.sum(weight * intersection)
+    return 1 - (2 * overlap + smooth) / (classes.sum(weight * (predicted + labelled)) + smooth)
 
 
 @hookimpl
 def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
     register("generalized_dice", family="region", reference=reference.generalized_dice)(generalized_dice)
-    for function in (dice, jaccard, tversky, jaccard_metric, focal_tversky, log_cosh_dice, unified_focal):
-        register(function.__name__, family="region")(function)
+    for function in (dice, jaccard, tversky, jaccard_metric, focal_tversky):
+        register(function.__name__, family="region", at_once=True)(function)
+    register("log_cosh_dice", family="region")(log_cosh_dice)
+    register("unified_focal", family="region")(unified_focal)

@@ -164,7 +164,7 @@ def objective(*terms, **options):
 def counted(listed_as, completion, numbers=None):
     """The rows of a step, for num_items_in_batch, where the loss looks at the numbers alone too."""
     (one,) = objective(term(listed_as)).terms
-    return {"completion": completion, one.scope: completion if numbers is None else numbers}
+    return {"completion": completion, one.rows: completion if numbers is None else numbers}
 
 
 def evaluate(batch, *terms, logits=None, **more):

@@ -1,0 +1,233 @@
+"""One pass over a batch: collect statistics chunk by chunk, evaluate the terms, pull the gradient back by chunks.
+
+The families say what is collected and evaluated, and what it adds to the gradient. Where all values are known as soon
+as a chunk of logits is there, each is pulled back at once. Otherwise the statistics of the whole batch come first,
+so the logits are visited twice; the last chunk of the first visit is still at hand for the second. Where only hidden
+states want a gradient (a frozen head), p times the head's weight is kept from the first visit, and the second needs no
+logits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import COMPLETION
+from .batch import Batch, Chunk
+from .family import Family, Part
+from .gradient import LogitGradient, cotangents, softmax_
+from .sets import SetCounts, Window
+from .sources import LogitSource
+from .terms import Term
+
+
+@dataclass
+class Outcome:
+    """``loss`` is the weighted sum; ``means`` has for each term its mean over the rows (or sets) of its scope.
+
+    ``diagnostics`` has the means of entropy and accuracy over the trained rows, where they were asked for.
+    """
+
+    loss: Tensor
+    means: dict[str, Tensor]
+    nll: Tensor
+    sets: dict[str, SetCounts] = field(default_factory=dict)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def compute(
+    source: LogitSource,
+    terms: Sequence[Term],
+    batch: Batch,
+    diagnose: bool = False,
+    known: Mapping[str, Tensor] | None = None,
+) -> Outcome:
+    """Value and gradient of the terms on a batch; the loss is differentiable in ``source.tensors``.
+
+    Args:
+        diagnose: Also the entropy and the accuracy, which read all logits twice more.
+        known: Statistics that do not come from the logits, (N,) each.
+    """
+    families: dict[Family, list[Term]] = {}
+    for term in terms:
+        families.setdefault(term.loss.kind, []).append(term)
+    batch.sums = {term.name: torch.zeros_like(batch.loss) for term in terms}
+    chunked = {family: found for family, found in families.items() if family.on_logits is None}
+    # With no such term there is still the NLL, which wants no gradient.
+    wanted = [bool(chunked) and torch.is_grad_enabled() and tensor.requires_grad for tensor in source.tensors]
+    pass_ = _Pass(source, batch, any(wanted), chunked, diagnose, known or {})
+    loss = _Engine.apply(pass_, wanted, *source.tensors) if any(wanted) else pass_.run(wanted)
+    for family, found in families.items():
+        if family.on_logits is not None:
+            loss = loss + family.on_logits(found, source.tensors[0], batch)
+    means = {t.name: batch.sums[t.name] / max(1, batch.counts[t.rows]) for t in terms}
+    trained = {
+        name: torch.where(batch.rows.scopes[COMPLETION], values, 0).sum() / max(1, batch.counts[COMPLETION])
+        for name, values in {"logp": batch.statistics["logp"], **pass_.diagnostics}.items()
+    }
+    nll = -trained.pop("logp")
+    sets = {t.name: batch.sets(t).counted() for t in terms if t.loss.per_set}
+    return Outcome(loss, means, nll, sets, trained)
+
+
+class _Engine(torch.autograd.Function):
+    """Forms the gradient in the forward pass, where the logits are at hand, and scales it in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, pass_: "_Pass", wanted: Sequence[bool], *tensors: Tensor) -> Tensor:
+        # Our own graphs are used up in here; hooks of the caller, such as those of a checkpoint, must not see them.
+        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            loss = pass_.run(wanted)
+        ctx.gradients = pass_.source.gradients()
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True; the gradients below would pass for constants
+            raise RuntimeError("cv_loss objectives have no second derivatives; backward with create_graph=True")
+        if ctx.gradients is None:
+            raise RuntimeError("backward of a cv_loss objective was called twice; compute the objective anew instead")
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_output.device.type != "cpu" or grad_output != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_output)
+        return None, None, *(g if g is None else g.to(t) for g, t in zip(gradients, ctx.dtypes, strict=True))
+
+
+class _Pass:
+    """One evaluation of an objective on one batch."""
+
+    def __init__(
+        self,
+        source: LogitSource,
+        batch: Batch,
+        gradient: bool,
+        families: Mapping[Family, Sequence[Term]],
+        diagnose: bool,
+        known: Mapping[str, Tensor],
+    ) -> None:
+        self.source, self.batch, self.gradient = source, batch, gradient
+        zeros = torch.zeros(len(batch), dtype=source.dtype, device=batch.rows.labels.device)
+        # The mean of the logits only where a term needs it: it reads all of them once more.
+        terms = [term for found in families.values() for term in found]
+        names = ["logp", "lse", *(["mean_logit"] if any(t.needs("mean_logit") for t in terms) else [])]
+        batch.statistics = {name: zeros.clone() for name in names}
+        batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
+        batch.gradient, batch.p_at = gradient, self.p_at
+        self.diagnostics = {name: zeros.clone() for name in ("entropy", "accuracy") if diagnose}
+        self.parts: list[Part] = [family.part(found, batch) for family, found in families.items()]
+
+    def run(self, wanted: Sequence[bool]) -> Tensor:
+        """The loss; ``source.gradients()`` has its gradients then, where any are wanted."""
+        if self.gradient:
+            self.source.start(wanted)
+        if any(part.whole for part in self.parts):
+            self._in_two_visits()
+        else:
+            self._in_one_visit()
+        return self.batch.loss
+
+    def _in_one_visit(self) -> None:
+        for chunk in self.batch.chunks:
+            p = self._visit(chunk, self.gradient)
+            found = self._evaluate(chunk.rows)
+            if self.gradient:
+                self._pull(chunk, p, found)
+
+    def _in_two_visits(self) -> None:
+        chunks, revisits = self.batch.chunks, any(part.revisits for part in self.parts)
+        mixes = self.gradient and self.source.mixes and not revisits
+        kept: dict[int, Tensor] = {}
+        for chunk in chunks:
+            p = self._visit(chunk, gradient=False)
+            for part in self.parts:
+                part.see_p(chunk, p)
+            if mixes:
+                self.source.mix(chunk.rows, p.scatter_(1, self.batch.rows.labels[chunk.rows, None], 0))
+            elif self.gradient and not revisits and (chunk is chunks[-1] or self.source.keeps(chunk.rows)):
+                kept[chunk.number] = p
+        for part in self.parts:
+            part.finish()
+        found = self._evaluate(slice(0, len(self.batch)))
+        if self.gradient:
+            for chunk in reversed(chunks):
+                again = kept.pop(chunk.number, None)
+                if again is None and not mixes:
+                    again = self._visit_again(chunk)
+                self._pull(chunk, again, {name: x[chunk.rows] for name, x in found.items()})
+
+    def _visit(self, chunk: Chunk, gradient: bool) -> Tensor:
+        """p of a chunk, which the parts have seen, and its statistics put down."""
+        logits, labels = self.source.logits(chunk.rows), self.batch.rows.labels[chunk.rows]
+        for part in self.parts:
+            part.see(chunk, logits, True, gradient)
+        statistics = self.batch.statistics
+        if "mean_logit" in statistics:
+            statistics["mean_logit"][chunk.rows] = logits.mean(1)
+        target = logits.gather(1, labels[:, None]).squeeze(1)
+        kept = logits.clone() if self.diagnostics else logits
+        p, lse = softmax_(logits)
+        if self.diagnostics:
+            # -sum p log p is lse - sum p z, which takes a quarter of the time.
+            self.diagnostics["entropy"][chunk.rows] = lse - torch.einsum("nv,nv->n", p, kept)
+            self.diagnostics["accuracy"][chunk.rows] = (kept.argmax(1) == labels).to(lse.dtype)
+        statistics["lse"][chunk.rows] = lse
+        statistics["logp"][chunk.rows] = target - lse
+        return p
+
+    def _visit_again(self, chunk: Chunk) -> Tensor:
+        """p of a chunk, once more."""
+        logits = self.source.logits(chunk.rows)
+        for part in self.parts:
+            part.see(chunk, logits, False, True)
+        return torch.softmax(logits, 1, out=logits)
+
+    def p_at(self, number: int, window: Window) -> Tensor:
+        """p of the rows of a chunk at the columns of a window, without the logits of all."""
+        rows = self.batch.chunks[number].rows
+        return self.source.columns(rows, window.columns).sub_(self.batch.statistics["lse"][rows, None]).exp_()
+
+    def _evaluate(self, rows: slice) -> dict[str, Tensor]:
+        """The terms on some rows; the cotangents of the statistics, and to each part those of its own."""
+        statistics = {name: x[rows].detach().requires_grad_(self.gradient) for name, x in self.batch.statistics.items()}
+        own = [part.leaves() for part in self.parts]
+        leaves = [leaf.requires_grad_(self.gradient) for part in own for leaf in part]
+        with torch.set_grad_enabled(self.gradient):
+            total = sum(part.total(rows, statistics) for part in self.parts)
+        found = cotangents(total, [*statistics.values(), *leaves])
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        rest = iter(found[len(statistics) :])
+        for part, given in zip(self.parts, own, strict=True):
+            part.take([next(rest) for _ in given])
+        return dict(zip(statistics, found, strict=False))
+
+    def _pull(self, chunk: Chunk, p: Tensor | None, found: Mapping[str, Tensor]) -> None:
+        rows = chunk.rows
+        labels, logp = self.batch.rows.labels[rows], self.batch.statistics["logp"][rows]
+        gradient = LogitGradient.build(p, logp, labels, found, self._columns(chunk, p))
+        for part in self.parts:
+            part.pull(chunk, gradient)
+        self.source.pull(rows, gradient)
+
+    def _columns(self, chunk: Chunk, p: Tensor | None) -> list[tuple[Window, Tensor]]:
+        """For each group of sets the window of a chunk, and p times its cotangent at the window's columns."""
+        found = []
+        for group in self.batch.groups:
+            if (window := self.batch.windows(group)[chunk.number]) is None:
+                continue
+            cotangent = None
+            for part in self.parts:
+                cotangent = part.columns(group, chunk, window, cotangent)
+            if cotangent is not None:
+                weighted = self.p_at(chunk.number, window) if p is None else p[:, window.columns]
+                found.append((window, weighted.mul_(cotangent)))
+        return found
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
