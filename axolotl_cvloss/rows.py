@@ -100,7 +100,8 @@ def select_rows(
         labels: (B, T) or (N,), int64; -100 is ignored.
         shift: Row t predicts label t + 1; otherwise labels are aligned with the rows already.
         position_ids: (B, T), or (P, B, T); a document begins where they do not increase in any of the P planes.
-        attention_mask: (B, T); 0 is padding. Where documents are numbered 1, 2, ... in it, these are used too.
+        attention_mask: (B, T); 0 is padding. With position_ids so is a last document without labels that repeats
+            one token. Where documents are numbered 1, 2, ... in it, these are used too.
         input_ids: (B, T), what the model was given (never shifted), for the scope ``sequence`` and for filters.
         example_weights: (B,), one an example, or one a token in the shape of the labels.
     """
@@ -126,7 +127,7 @@ def select_rows(
     if any(selector.scope == "sequence" for selector in selectors):
         if input_ids is None:
             raise ValueError("cv_loss: scope: sequence needs input_ids beside the labels")
-        tokens = _not_padding(labels, documents, position_ids, attention_mask)
+        tokens = _not_padding(labels, input_ids.view_as(labels), documents, position_ids, attention_mask)
         sequence = completion | (tokens.roll(-1, dims=1) & within)
         targets = torch.where(completion, targets, input_ids.view_as(labels).roll(-1, dims=1))
     index = sequence.flatten().nonzero().squeeze(1)
@@ -220,7 +221,11 @@ def _documents(labels: Tensor, position_ids: Tensor | None, attention_mask: Tens
 
 
 def _not_padding(
-    labels: Tensor, documents: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    labels: Tensor,
+    input_ids: Tensor,
+    documents: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
 ) -> Tensor:
     if attention_mask is not None:
         if attention_mask.shape != labels.shape:
@@ -228,7 +233,14 @@ def _not_padding(
                 f"cv_loss: scope: sequence needs an attention_mask of shape {tuple(labels.shape)}, "
                 f"not {tuple(attention_mask.shape)}"
             )
-        return attention_mask > 0
+        real = attention_mask > 0
+        if position_ids is None:
+            return real
+        # Axolotl packs streamed texts without a mask, and what collates the filled lines gives them one of ones alone.
+        # There the padding is a last document without labels that repeats one token.
+        last = documents == documents[:, -1:]
+        repeats = ((input_ids == input_ids[:, -1:]) & (labels == IGNORE_INDEX)) | ~last
+        return real & ~(last & repeats.all(1, keepdim=True))
     if position_ids is None:
         return torch.ones_like(labels, dtype=torch.bool)
     # Packed without a mask: the padding is a document of its own, and nothing in it is labelled. Nothing else tells it

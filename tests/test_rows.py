@@ -199,6 +199,18 @@ def test_sequence_leaves_out_the_tail_of_a_packed_line_without_a_mask(padding):
     assert found == ([(0, 2), (2, 4)], [0, 1])
 
 
+@pytest.mark.parametrize("padding", [[0, 1, 2], [0, 0, 0]], ids=["range", "zeros"])
+def test_sequence_leaves_out_the_tail_of_a_packed_line_whose_mask_says_nothing(padding):
+    # So Axolotl's streamed packing gives it. A last prompt without an answer is no padding: it repeats no token.
+    labels, given = tensor([X, 2, X, 4, X, X, X]), {"position_ids": tensor([0, 1, 0, 1, *padding])}
+    given["attention_mask"] = torch.ones_like(labels)
+    found = rows(labels, "sequence", input_ids=tensor([1, 2, 3, 4, 0, 0, 0]), **given)
+    assert found == ([(0, 2), (2, 4)], [0, 1])
+    prompt = rows(labels, "sequence", input_ids=tensor([1, 2, 3, 4, 5, 6, 6]), **given)
+    assert prompt[0][:2] == found[0]
+    assert len(prompt[0]) == (4 if padding[1] else 2)
+
+
 def test_sequence_in_numbered_masks():
     labels, input_ids, mask = tensor([X, 2, X, 4, X]), tensor([1, 2, 3, 4, 0]), tensor([1, 1, 2, 2, 0])
     found = rows(labels, "sequence", input_ids=input_ids, attention_mask=mask)

@@ -84,6 +84,29 @@ def test_packed(make_config, train):
 
 
 @pytest.mark.hosts
+def test_streamed_texts(make_config, train, tmp_path):
+    """Every token of a text has a label, so both scopes have the same rows. Axolotl masks none of the padding."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": " ".join(["sort"] * (3 + i % 17))}) + "\n" for i in range(100)))
+    terms = [{"loss": "cross_entropy", "scope": "sequence", "weight": 0.5}, {"loss": "focal", "weight": 0.5}]
+    config = make_config(
+        cv_loss={"terms": terms},
+        **dict.fromkeys(("datasets", "test_datasets", "eval_steps")),
+        pretraining_dataset=[{"path": "json", "data_files": str(texts), "split": "train", "type": "pretrain"}],
+        streaming=True,
+        streaming_multipack_buffer_size=100,
+        sample_packing=True,
+        pretrain_multipack_attn=True,
+        micro_batch_size=1,
+        max_steps=6,
+        save_steps=6,
+    )
+    history, _, _ = train(config)
+    whole, labelled = logged(history, "cross_entropy/tokens", "focal/tokens")
+    assert whole == labelled
+
+
+@pytest.mark.hosts
 def test_losses_that_need_a_tokenizer_or_counts(make_config, train, numbers, tmp_path):
     config = make_config(cv_loss=NEEDS_MORE, sample_packing=True, eval_sample_packing=False, attn_implementation="sdpa")
     for key, part in ("datasets", "train"), ("test_datasets", "test"):
