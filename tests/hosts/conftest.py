@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -15,15 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 GUEST = Path(__file__).parents[1] / "guest"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = ["sort", ":", "?", *(f"w{i}" for i in range(80)), *"0123456789"]
-
-# Several configs one after the other in one process: Axolotl takes much longer to start than to train a tiny model.
-SEVERAL = """
-import sys
-from axolotl.cli.train import do_cli
-configs, sys.argv = sys.argv[1:], sys.argv[:1]
-for config in configs:
-    do_cli(config=config)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -178,39 +170,35 @@ def axolotl(tmp_path):
     """Run the real command on a config; named arguments are environment variables."""
 
     def run(config, command="train", *options, **environment):
-        path = tmp_path / f"{Path(config['output_dir']).name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        program = Path(sys.executable).with_name("axolotl")
-        return start([program, command, path, "--launcher", "python", *options], tmp_path, environment)
+        program = [Path(sys.executable).with_name("axolotl"), command, write(config, tmp_path)]
+        return start([*program, "--launcher", "python", *options], tmp_path, environment)
 
     return run
 
 
 @pytest.fixture
-def train(axolotl):
-    """Train with the real command: the log history, the output directory and what was printed."""
+def train(axolotl, tmp_path):
+    """Train: the log history, the output directory and what was printed. Quickly, but for the command line.
 
-    def run(config, **environment):
-        result = axolotl(config, **environment)
-        assert result.returncode == 0, result.stdout[-5000:]
-        return history_of(config), Path(config["output_dir"]), result.stdout
+    Further arguments are environment variables.
+    """
 
-    return run
-
-
-@pytest.fixture
-def train_several(tmp_path):
-    """Train with several configs in one process of Axolotl: their log histories, and what was printed."""
-
-    def run(*configs):
-        paths = [tmp_path / f"{Path(config['output_dir']).name}.yaml" for config in configs]
-        for path, config in zip(paths, configs, strict=True):
-            path.write_text(yaml.safe_dump(config))
-        result = start([sys.executable, "-c", SEVERAL, *paths], tmp_path, {})
-        assert result.returncode == 0, result.stdout[-5000:]
-        return [history_of(config) for config in configs], result.stdout
+    def run(config, by_command=False, **environment):
+        if by_command:
+            done = axolotl(config, **environment)
+            code, printed = done.returncode, done.stdout
+        else:
+            code, printed = forked.axolotl_train(write(config, tmp_path), environment)
+        assert code == 0, printed[-5000:]
+        return history_of(config), Path(config["output_dir"]), printed
 
     return run
+
+
+def write(config, folder):
+    path = folder / f"{Path(config['output_dir']).name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def start(command, folder, environment):

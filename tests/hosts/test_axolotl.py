@@ -57,7 +57,7 @@ def test_padded(make_config, train, tokenizer, problems):
         {"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"},
         {"loss": "lovasz", "weight": 0.4},
     ]
-    history, output, printed = train(make_config(cv_loss={"terms": terms}))
+    history, output, printed = train(make_config(cv_loss={"terms": terms}), by_command=True)
     check_log(history, {"cross_entropy": 0.6, "lovasz": 0.4}, evaluations=[0, 6, 12], learns=0.5)
     assert "cv_loss: training with 0.6 cross_entropy + 0.4 lovasz" in printed
 
@@ -157,7 +157,7 @@ def curve(history):
 
 
 @pytest.mark.hosts
-def test_cross_entropy_is_the_loss_of_the_host(make_config, train_several):
+def test_cross_entropy_is_the_loss_of_the_host(make_config, train):
     """The same loss curve, to rounding, padded and packed; and with the plugin but no key, the same bits."""
     host = {"plugins": None, "cv_loss": None}
     padded = {"max_steps": 6, "eval_steps": 3, "save_steps": 6}
@@ -169,18 +169,17 @@ def test_cross_entropy_is_the_loss_of_the_host(make_config, train_several):
         "test_datasets": None,
         "eval_steps": None,
     }
-    (alone, idle, ours, packed_alone, packed_ours), printed = train_several(
-        make_config("alone", **host, **padded),
-        make_config("idle", **padded, cv_loss=None),
-        make_config("ours", **padded, cv_loss={"cross_entropy": 1.0}),
-        make_config("packed-alone", **host, **packed),
-        make_config("packed-ours", **packed, cv_loss={"cross_entropy": 1.0}),
-    )
+    ours = {"cv_loss": {"cross_entropy": 1.0}}
+    alone, _, _ = train(make_config("alone", **host, **padded))
+    idle, _, printed = train(make_config("idle", **padded, cv_loss=None))
+    with_ours, _, _ = train(make_config("ours", **padded, **ours))
+    packed_alone, _, _ = train(make_config("packed-alone", **host, **packed))
+    packed_ours, _, _ = train(make_config("packed-ours", **packed, **ours))
     assert len(curve(alone)) == 6 + 3
     assert curve(idle) == curve(alone)
     assert not any("cv_loss" in key for entry in idle for key in entry)
     assert "cv_loss: the key is not in the config" in printed
-    assert curve(ours) == pytest.approx(curve(alone), abs=1e-5)
+    assert curve(with_ours) == pytest.approx(curve(alone), abs=1e-5)
     # Prompts are masked here, and so is the first token of every document: no row reaches over to the next one.
     assert curve(packed_ours) == pytest.approx(curve(packed_alone), abs=1e-5)
 
@@ -258,7 +257,7 @@ def test_error_in_the_key_stops_the_command(make_config, axolotl, tmp_path):
 
 
 @pytest.mark.hosts
-def test_what_only_saves_memory_is_taken_over(make_config, train_several):
+def test_what_only_saves_memory_is_taken_over(make_config, train):
     """The same bits as without it. The package cut_cross_entropy is not there: its plugin must not look for it."""
     keys = {"max_steps": 4, "eval_steps": 4, "save_steps": 4}
     savers = {
@@ -266,7 +265,8 @@ def test_what_only_saves_memory_is_taken_over(make_config, train_several):
         "cut_cross_entropy": True,
         "chunked_cross_entropy": True,
     }
-    (without, ours), printed = train_several(make_config("without", **keys), make_config("ours", **keys, **savers))
+    without, _, _ = train(make_config("without", **keys))
+    ours, _, printed = train(make_config("ours", **keys, **savers))
     assert curve(ours) == curve(without)
     assert len(curve(ours)) == 4 + 2
     for key in "cut_cross_entropy", "chunked_cross_entropy":
