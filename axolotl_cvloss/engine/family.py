@@ -47,18 +47,18 @@ class Part:
 
     # evaluate
 
-    def leaves(self) -> list[Tensor]:
-        """Statistics of its own, of all rows, whose cotangents ``total`` is asked for."""
+    def leaves(self, rows: slice) -> list[Tensor]:
+        """Statistics of its own for these rows, which ``total`` comes to next; they get a gradient."""
         return []
 
     def total(self, rows: slice, statistics: Mapping[str, Tensor]) -> Tensor | float:
-        """The weighted sum of its terms over some rows, differentiable in their statistics (n,) and in the leaves."""
+        """The weighted sum of its terms over these rows, differentiable in their statistics (n,) and in the leaves."""
         return 0.0
 
     # pull back
 
-    def take(self, cotangents: Sequence[Tensor]) -> None:
-        """The cotangents of ``leaves``."""
+    def take(self, rows: slice, cotangents: Sequence[Tensor]) -> None:
+        """The cotangents of the leaves of these rows."""
 
     def columns(self, group: Group, chunk: Chunk, window: Window, cotangent: Tensor | None) -> Tensor | None:
         """The cotangent (n, C) of p at the columns of a window, added to that of other parts (None: none yet)."""

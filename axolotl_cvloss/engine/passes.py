@@ -194,7 +194,7 @@ class _Pass:
     def _evaluate(self, rows: slice) -> dict[str, Tensor]:
         """The terms on some rows; the cotangents of the statistics, and to each part those of its own."""
         statistics = {name: x[rows].detach().requires_grad_(self.gradient) for name, x in self.batch.statistics.items()}
-        own = [part.leaves() for part in self.parts]
+        own = [part.leaves(rows) for part in self.parts]
         leaves = [leaf.requires_grad_(self.gradient) for part in own for leaf in part]
         with torch.set_grad_enabled(self.gradient):
             total = sum(part.total(rows, statistics) for part in self.parts)
@@ -203,7 +203,7 @@ class _Pass:
             leaf.requires_grad_(False)
         rest = iter(found[len(statistics) :])
         for part, given in zip(self.parts, own, strict=True):
-            part.take([next(rest) for _ in given])
+            part.take(rows, [next(rest) for _ in given])
         return dict(zip(statistics, found, strict=False))
 
     def _pull(self, chunk: Chunk, p: Tensor | None, found: Mapping[str, Tensor]) -> None:

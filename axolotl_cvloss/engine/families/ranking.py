@@ -26,7 +26,7 @@ class RankingPart(SetPart):
             logp = self.batch.statistics["logp"]
             self._entries[term.name] = collect_entries(self.batch.sets(term), logp, tolerance, windows, self.batch.p_at)
 
-    def leaves(self) -> list[Tensor]:
+    def leaves(self, rows: slice) -> list[Tensor]:
         return [entries.values for entries in self._entries.values()]
 
     def values(self, term: Term, sets: Sets, logp: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class RankingPart(SetPart):
         errors = sorted_errors(sets, logp, self._entries[term.name])
         return sets.classes.mean(term(labelled=labelled, **errors))
 
-    def take(self, cotangents: Sequence[Tensor]) -> None:
+    def take(self, rows: slice, cotangents: Sequence[Tensor]) -> None:
         self._cotangents = dict(zip(self._entries, cotangents, strict=True))
 
     def columns(self, group: Group, chunk: Chunk, window: Window, cotangent: Tensor | None) -> Tensor | None:

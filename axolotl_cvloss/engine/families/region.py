@@ -29,7 +29,7 @@ class RegionPart(SetPart):
             if self.batch.groups[group].joint:
                 self._predicted[group] = ranks.sum_over(sums)
 
-    def leaves(self) -> list[Tensor]:
+    def leaves(self, rows: slice) -> list[Tensor]:
         return list(self._predicted.values())
 
     def values(self, term: Term, sets: Sets, logp: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class RegionPart(SetPart):
         by_row = {"logp": sets.of_rows(logp)} if term.needs("logp") else {}
         return of_each_set(term, sets, by_class, by_row, a_class=True)
 
-    def take(self, cotangents: Sequence[Tensor]) -> None:
+    def take(self, rows: slice, cotangents: Sequence[Tensor]) -> None:
         self._cotangents = dict(zip(self._predicted, cotangents, strict=True))
 
     def columns(self, group: Group, chunk: Chunk, window: Window, cotangent: Tensor | None) -> Tensor | None:

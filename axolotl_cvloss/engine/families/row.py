@@ -22,7 +22,7 @@ class RowPart(Part):
             (self._dense,) = torch.autograd.grad(total, leaf)
 
     def pull(self, chunk: Chunk, gradient: LogitGradient) -> None:
-        gradient.dense = self._dense
+        gradient.dense = self._dense if gradient.dense is None else gradient.dense + self._dense
         del self._dense
 
 
