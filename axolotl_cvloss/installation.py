@@ -163,7 +163,7 @@ class Installation:
             result = torch.compiler.disable(self.objective.from_logits)(outputs.logits, **given)
         else:
             outputs, result = both
-        loss = result.loss
+        loss = result.loss.to(given["labels"].device)  # of a model on several devices, the head's is not Trainer's
         if (aux_loss := outputs.get("aux_loss")) is not None:  # load balancing of a mixture of experts
             # As the rest of the loss it is a mean over the step, of which this micro-batch is a part.
             share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, float(num_items_in_batch))

@@ -13,7 +13,7 @@ from .engine.batch import Batch
 from .engine.families.paper import as_in_the_paper
 from .engine.passes import Outcome, compute
 from .engine.sets import SetCounts
-from .engine.sources import Head, LogitSource, TensorSource, head_source
+from .engine.sources import Head, LogitSource, TensorSource, device_of, head_source
 from .engine.terms import Term
 from .registry import available_losses
 from .rows import COMPLETION, Goldfish, Rows, Selector, select_rows
@@ -156,7 +156,7 @@ class Objective:
 
         Args:
             logits: (B, T, V) or (N, V); bf16, fp16 and fp32 are computed in float32, float64 in float64.
-            labels: (B, T) or (N,), int64; -100 is ignored.
+            labels: (B, T) or (N,), int64; -100 is ignored. They and the rest may be on any device.
             shift: Row t predicts label t + 1 (the causal convention); False: labels are aligned with rows.
             position_ids: (B, T); tell packed documents apart, as they restart at each.
             attention_mask: (B, T); 0 is padding; only ``scope: sequence`` and numbered documents need it.
@@ -215,6 +215,7 @@ class Objective:
             which = "the paper's code" if self.config.reference else "a term of the family dense"
             raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
         rows = self.select_rows(labels, **inputs)
+        hidden_states = hidden_states.to(device_of(head, hidden_states.device))
         index = rows.index.to(hidden_states.device, non_blocking=True)
         source = head_source(hidden_states, head, index, scale, softcap)
         return self._compute(source, rows, num_items_in_batch, progress)
@@ -234,7 +235,9 @@ class Objective:
         )
         terms = [term.at(progress) for term in self.terms]
         with torch.autocast(device.type, enabled=False):
-            known = {} if self.label_counts is None else {"rarity": rarity(self.label_counts, rows.labels).to(device)}
+            known = {}
+            if self.label_counts is not None:  # in float64 as far as here, which not every device has
+                known = {"rarity": rarity(self.label_counts, rows.labels).to(source.dtype).to(device)}
             outcome = compute(source, terms, batch, self.diagnose, known)
         return self._result(outcome, counts)
 

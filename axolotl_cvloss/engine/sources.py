@@ -330,8 +330,20 @@ class RandomState:
 
 
 def is_linear(head: nn.Module) -> bool:
-    """It is a weight and perhaps a bias and nothing else: no adapter, not quantised."""
-    return type(head).forward is nn.Linear.forward and type(head.weight) in (Tensor, nn.Parameter)
+    """It is a weight and perhaps a bias and nothing else: no adapter, not quantised, not offloaded."""
+    plain = type(head).forward is nn.Linear.forward and type(head.weight) in (Tensor, nn.Parameter)
+    return plain and not head.weight.is_meta
+
+
+def device_of(head: Tensor | nn.Module | Head, otherwise: torch.device) -> torch.device:
+    """Where a model is spread over several devices, the head may be on another one than the layer before it.
+
+    Weights that are on no device are brought by the head's own forward.
+    """
+    if isinstance(head, Tensor):
+        return head.device
+    module = head if isinstance(head, nn.Module) else head.module
+    return next((p.device for p in module.parameters() if not p.is_meta), otherwise)
 
 
 def head_source(
@@ -344,7 +356,7 @@ def head_source(
             head = Head(head, head)
         module = head.module
         if not is_linear(module):
-            parameters = [p for p in module.parameters() if p.requires_grad]
+            parameters = [p for p in module.parameters() if p.requires_grad and not p.is_meta]
             return ModuleSource(hidden_states, head.forward, parameters, index, scale, softcap)
         weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)

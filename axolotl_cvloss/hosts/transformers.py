@@ -1,6 +1,8 @@
 """transformers' Trainer: counting over the accumulation window, and logging the terms."""
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +75,8 @@ class ObjectiveTrainer(Trainer):
         # For each step: the sums of values over rows, and the numbers of rows, sets and classes.
         sums = torch.zeros(len(steps), 4, len(names), dtype=torch.float64)
         for step, result in records:
-            values = torch.stack([*(result.terms[name] for name in terms), result.nll]).detach().double().cpu()
+            values = torch.stack([*(result.terms[name] for name in terms), result.nll])
+            values = values.detach().cpu().double()  # in this order: Apple's GPUs have no float64
             self._cv_check(step, training, names, values)
             rows = torch.tensor([*(result.counts[name] for name in terms), result.n_tokens])
             sets = [result.sets.get(name, SetCounts(0, 0)) for name in names]
@@ -187,6 +190,17 @@ def _complete(objective: Objective, trainer: Trainer) -> Objective:
     return Objective(objective.config, tokenizer=tokenizer, label_counts=label_counts, diagnose=objective.diagnose)
 
 
+def _recorder(trainer: ObjectiveTrainer) -> Callable[[ObjectiveResult], None]:
+    """Tells a trainer of results as long as somebody else wants it: its optimizer is larger than the model."""
+    known = weakref.ref(trainer)
+
+    def record(result: ObjectiveResult) -> None:
+        if (trainer := known()) is not None:
+            trainer._cv_record(result)
+
+    return record
+
+
 def attach(trainer: Trainer) -> None:
     """Make a trainer count and log for the objective installed in its model.
 
@@ -219,7 +233,7 @@ def attach(trainer: Trainer) -> None:
     trainer.cv_loss = installed
     trainer._cv_records = {True: [], False: []}
     trainer._cv_reported = trainer._cv_used = False
-    installed.listeners = [trainer._cv_record]
+    installed.listeners = [_recorder(trainer)]
     # Without these two the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True
     trainer.args.average_tokens_across_devices = True

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import accelerate
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from axolotl_cvloss import Objective, install, uninstall
@@ -212,6 +214,19 @@ def test_gradient_checkpointing(make_model, batch, kwargs):
     assert_same(step(model, **batch), expected)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_checkpoint_around_the_whole_forward(make_model, batch, head):
+    """It runs the model once more in the backward pass, for what was saved, and no more often."""
+    expected = step(install(make_model(), objective(head=head)), **batch)
+    model, calls = install(make_model(), objective(head=head)).train(), []
+    model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    loss = checkpoint(lambda ids: model(**{**batch, "input_ids": ids}).loss, batch["input_ids"], use_reentrant=False)
+    assert len(calls) == 1
+    loss.backward()
+    assert_same((loss.detach(), gradients(model)), expected)
+    assert len(calls) == 2
+
+
 MOE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -389,6 +404,37 @@ LORA = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 }
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_offloaded_weights(make_model, batch, head):
+    """accelerate brings the weights of a module for its forward alone; before and after it they are nowhere."""
+    expected = expected_loss(make_model(), batch)
+    model = cpu_offload(install(make_model(), objective(head=head)).train(), execution_device="cpu")
+    assert model.get_output_embeddings().weight.is_meta
+    torch.testing.assert_close(model(**batch).loss.detach(), expected)
+
+
+@pytest.mark.parametrize("mixed", ["autocast", "bfloat16"])
+def test_an_adapted_head_computes_in_the_precision_of_its_host(make_model, batch, mixed, accelerator):
+    """In bfloat16 as the host's own cross-entropy does, so that they differ by its rounding of a logit at most."""
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, init_lora_weights=False, **LORA["head"])
+
+    def made():
+        torch.manual_seed(1)
+        model = get_peft_model(make_model().to(torch.bfloat16 if mixed == "bfloat16" else torch.float32), config)
+        return model.train()
+
+    seen = []
+    model = install(made(), objective({"cross_entropy": 1.0}, head="fused"))
+    model.get_output_embeddings().lora_B["default"].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed == "autocast"):
+        found, expected = step(model, **batch), step(made(), **batch)
+    assert set(seen) == {torch.bfloat16 if mixed == "autocast" else torch.float32}  # peft keeps adapters in float32
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(found[0].float(), expected[0].float(), rtol=eps, atol=0)
+    for name, grad in found[1].items():
+        assert (grad - expected[1][name]).norm() <= 4 * eps * expected[1][name].norm(), name
 
 
 @pytest.mark.parametrize("head", HEADS)

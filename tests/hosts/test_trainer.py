@@ -1,6 +1,8 @@
 """transformers' own Trainer with an objective: exact gradients however a batch is cut up, and what is logged."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -316,6 +318,17 @@ def test_refused_at_once(make_trainer):
     trainer.compute_loss_func = lambda *args, **kwargs: None
     with pytest.raises(RuntimeError, match="compute_loss_func"):
         attach(trainer)
+
+
+def test_after_training_the_model_lets_go_of_the_trainer(make_trainer):
+    """And so of the optimizer, which is twice as large as the model."""
+    trainer = make_trainer("lovasz", rows(4))
+    trainer.train()
+    model, gone = trainer.model, [weakref.ref(trainer), weakref.ref(trainer.optimizer)]
+    del trainer
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert model(**collate(rows(2))).loss.isfinite()
 
 
 def test_trainer_stays_what_it_was(make_trainer):
