@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .compare.command import compare, predict
 
 if TYPE_CHECKING:
     from .registry import Loss
@@ -164,19 +165,25 @@ def plot(losses: Sequence[str], given: Sequence[str], out: Path, as_json: bool) 
     click.echo(f"{out}: {', '.join(curves)}")
 
 
+cli.add_command(compare)
+cli.add_command(predict)
+
+
 @cli.command()
 @click.argument("predictions", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--score", "by", help="text, number, choice, label, json, spans, or MODULE:FUNCTION; without it by task.")
 @as_json
-def score(predictions: Path, as_json: bool) -> None:
-    """Exact match and formula metrics of generated answers.
+def score(predictions: Path, by: str | None, as_json: bool) -> None:
+    """Exact match and other metrics of generated answers.
 
-    PREDICTIONS is JSONL with the fields task (gsm8k, mathqa, openbookqa or hellaswag), prediction and reference; see
-    the docstring of axolotl_cvloss.scoring for the metrics.
+    PREDICTIONS is JSONL with the fields prediction and reference. With --score all lines are scored in one way, as the
+    docstring of axolotl_cvloss.scorers has it. Without, a field task (gsm8k, mathqa, openbookqa or hellaswag) says how,
+    formulas included; see that of axolotl_cvloss.scoring.
     """
-    from .scoring import score_file
+    from . import scorers, scoring
 
     try:
-        scores = score_file(predictions)
+        scores = scoring.score_file(predictions) if by is None else {by: scorers.score_file(predictions, by)}
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if as_json:

@@ -1,0 +1,443 @@
+"""The trainings of a comparison: a process each, by the host's own command, and a line of results for each.
+
+``OUT/runs.jsonl`` is all that a comparison remembers: a run that has its line there is done. Models, logs, configs and
+predictions are in ``OUT/work``, which may be deleted when all is done.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..scorers import score_pairs
+from . import plan as plans
+from . import rows
+from .plan import Line, Plan, Run
+
+PACKAGES = ("axolotl-cvloss", "torch", "transformers", "trl", "axolotl", "peft")
+STEP = re.compile(r"(?:^|[\r\n])\s*\d+%\|[^|\r\n]*\| *(\d+)/(\d+) \[")  # the bar of the Trainer, which has no name
+
+
+class RunFailed(Exception):
+    """A process of a run has ended with an error; the message has the end of its log."""
+
+
+def read_lines(file: Path) -> list[Line]:
+    """All lines but one that a kill has torn off at the end."""
+    found = []
+    for text in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found
+
+
+def append(file: Path, line: Line) -> None:
+    torn = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as out:
+        out.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name; asked without torch, whose CUDA the children shall have to themselves."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return [str(place) for place, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
+
+
+def about() -> dict[str, Any]:
+    cpu = re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo"))
+    machine = {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+    if gpus():
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+        machine["gpus"] = [re.sub(r" \(UUID.*", "", line) for line in listed.splitlines()]
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "machine": machine, "versions": versions}
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def program(host: str) -> list[str]:
+    """The command that trains, without its config."""
+    name = {"axolotl": "axolotl", "trl": "cvloss-sft"}[host]
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise RunFailed(f"{name} is not installed; pip install 'axolotl-cvloss[{host}]'")
+    return [found, "train"] if host == "axolotl" else [found, "--config"]
+
+
+def more_arguments(host: str) -> list[str]:
+    # One process a run: Axolotl would start accelerate, which asks for a config of its own.
+    return ["--launcher", "python"] if host == "axolotl" else []
+
+
+class Comparison:
+    """Everything that one comparison shares, and the work on it."""
+
+    def __init__(
+        self,
+        host: str,
+        config: dict[str, Any],
+        out: Path,
+        score: str,
+        validation: float,
+        batch: int = 32,
+        new_tokens: int | None = None,
+        keep_models: bool = False,
+    ) -> None:
+        self.host, self.config, self.out = host, config, out
+        self.score, self.batch, self.keep_models = score, batch, keep_models
+        self.file, self.work = out / "runs.jsonl", out / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / ".gitignore").write_text("*\n")
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+        self.lock = threading.Lock()
+        more = {"score": score, "validation": validation, "new_tokens": new_tokens}
+        self.setting = plans.setting(host, config, more)
+        self.lines = read_lines(self.file)
+        if strange := {line["setting"] for line in self.lines} - {self.setting}:
+            raise RunFailed(
+                f"{self.file} has {'lines' if len(strange) == 1 else 'several sets of lines'} of another config, other "
+                "data, another score or another choice of rows; take another --out for this one"
+            )
+        self.done = {self.key(line["stage"], line["cv_loss"], _run_of(line)): line for line in self.lines}
+        self.given = validation, new_tokens
+        self.about = about()
+
+    def key(self, stage: str, objective: Any, run: Run) -> str:
+        return plans.digest(stage, run.objective, objective, run.rate, run.seed)
+
+    def prepare(self) -> None:
+        """The rows of the test set, from the last time or from the host, and their two parts."""
+        validation, new_tokens = self.given
+        file = self.work / f"rows-{self.setting}.jsonl"
+        if not file.exists():
+            config = self.work / "rows.yaml"
+            config.write_text(yaml.safe_dump(self.config, sort_keys=False))
+            self.process(
+                [sys.executable, "-m", "axolotl_cvloss.compare.rows", self.host, str(config), str(file)],
+                self.work / "rows.log",
+                None,
+            )
+        found = rows.read(file)
+        count = round(validation * len(found)) if validation < 1 else int(validation)
+        if not 0 < count < len(found):
+            raise RunFailed(
+                f"the test set has {len(found)} rows; {count} to choose the rates by leave "
+                f"{max(0, len(found) - count)} to score the models with, and both must have some"
+            )
+        self.new_tokens = rows.longest_answer(found) if new_tokens is None else new_tokens
+        if self.score == "none":
+            self.new_tokens = 0
+        self.parts = {}
+        for name, places in zip(("validation", "test"), plans.halves(len(found), count), strict=True):
+            self.parts[name] = self.work / f"{name}-{self.setting}.jsonl"
+            rows.write((found[place] for place in places), self.parts[name])
+        self.counts = {"validation": count, "test": len(found) - count}
+
+    def process(
+        self, command: Sequence[str], log: Path, gpu: str | None, on_log: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Run a command to its end, its output in the log."""
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with log.open("wb") as out:
+            with self.lock:
+                if self.stopping:
+                    raise RunFailed("stopped")
+                child = subprocess.Popen(
+                    command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+                )
+                self.children.add(child)
+            try:
+                while child.poll() is None:
+                    time.sleep(0.2)
+                    on_log(_end_of(log))
+            finally:
+                _end(child)
+                with self.lock:
+                    self.children.discard(child)
+        if child.returncode:
+            tail = _end_of(log, 6000).replace("\r", "\n").splitlines()[-25:]
+            raise RunFailed("\n".join([*tail, f"{command[0]} ended with code {child.returncode}; its log is {log}"]))
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopping = True
+            for child in self.children:
+                _end(child)
+
+    def run(self, stage: str, run: Run, objective: Any, gpu: str | None, say: Callable[[str], None]) -> Line:
+        """Train, or take the training of the choice, then predict and score."""
+        folder = self.work / "runs" / run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = self.train(run, objective, folder, gpu, say)
+        part = "validation" if stage == "choice" else "test"
+        start = time.monotonic()
+        predictions = folder / f"{part}.jsonl"
+        command = [sys.executable, "-m", "axolotl_cvloss.compare.predict", str(folder / "model")]
+        command += [str(self.parts[part]), str(predictions)]
+        command += ["--batch", str(self.batch), "--new-tokens", str(self.new_tokens)]
+        self.process(command, folder / f"{part}.log", gpu, lambda text: say(_last_line(text, f"{part} ")))
+        records = rows.read(predictions)
+        line: Line = {
+            "stage": stage,
+            "objective": run.objective,
+            "cv_loss": objective,
+            "rate": run.rate,
+            "seed": run.seed,
+            "steps": trained["steps"],
+            "rows": self.counts[part],
+            **self.scores(records),
+            "train_seconds": trained["seconds"],
+            "predict_seconds": round(time.monotonic() - start, 1),
+            "setting": self.setting,
+            "host": self.host,
+            "score": self.score,
+            **self.about,
+        }
+        with self.lock:
+            append(self.file, line)
+            self.lines.append(line)
+            self.done[self.key(stage, objective, run)] = line
+        if stage == "final" and not self.keep_models:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+        return line
+
+    def train(
+        self, run: Run, objective: Any, folder: Path, gpu: str | None, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Into folder/model. What a training that was killed left behind is thrown away."""
+        model, record = folder / "model", folder / "trained.json"
+        key = self.key("", objective, run)
+        if model.exists() and record.exists() and (known := json.loads(record.read_text()))["key"] == key:
+            return dict(known)
+        # A place for this attempt alone: a training that outlived its parent may still be writing to the last one.
+        attempt = folder / f"attempt-{os.getpid()}"
+        for left in (model, *folder.glob("attempt-*")):
+            shutil.rmtree(left, ignore_errors=True)
+        config = plans.run_config(self.host, self.config, objective, run.rate, run.seed)
+        config["output_dir"] = str(attempt)
+        if self.host == "axolotl":
+            config["dataset_prepared_path"] = str(folder / f"attempt-{os.getpid()}-rows")
+        file, log = folder / "config.yaml", folder / "train.log"
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        start = time.monotonic()
+
+        def on_log(text: str) -> None:
+            if found := STEP.findall(text):
+                say("step {} of {}".format(*found[-1]))
+
+        self.process([*program(self.host), str(file), *more_arguments(self.host)], log, gpu, on_log)
+        steps = [int(of) for _, of in STEP.findall(log.read_text(errors="replace"))]
+        known = {"key": key, "steps": steps[-1] if steps else None, "seconds": round(time.monotonic() - start, 1)}
+        attempt.rename(model)
+        for left in folder.glob("attempt-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        record.write_text(json.dumps(known))
+        return known
+
+    def scores(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        nll = sum(record["nll"] for record in records) / max(1, sum(record["tokens"] for record in records))
+        found: dict[str, Any] = {"nll": nll if math.isfinite(nll) else None}  # JSON has no NaN
+        pairs = [(record["prediction"], record["reference"]) for record in records if "prediction" in record]
+        if self.score != "none" and pairs:
+            scored = score_pairs(self.score, pairs)
+            found |= {"scores": scored.metrics, "examples": plans.compact(scored.examples)}
+        return found
+
+    def throw_away(self, run: Run) -> None:
+        """The model of a rate that was not chosen."""
+        if not self.keep_models:
+            shutil.rmtree(self.work / "runs" / run.folder / "model", ignore_errors=True)
+
+
+def _run_of(line: Line) -> Run:
+    return Run(line["objective"], line["rate"], line["seed"])
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """With all that it started."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _end_of(log: Path, size: int = 2000) -> str:
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - size))
+        return file.read().decode(errors="replace")
+
+
+def _last_line(text: str, before: str) -> str:
+    lines = [line for line in text.splitlines() if re.fullmatch(r"\d+/\d+ rows", line)]
+    return before + (lines[-1] if lines else "rows")
+
+
+def chosen_rates(plan: Plan, comparison: Comparison) -> dict[str, float]:
+    """For each objective whose runs of the choice are all there; ``choose_rate`` has the rule."""
+    runs = plan.choice()
+    if not runs:
+        return dict.fromkeys(plan.objectives, plan.rates[0])
+    rates = {}
+    for name, objective in plan.objectives.items():
+        keys = [comparison.key("choice", objective, run) for run in runs if run.objective == name]
+        if all(key in comparison.done for key in keys):
+            rates[name] = plans.choose_rate([comparison.done[key] for key in keys])
+    return rates
+
+
+def execute(plan: Plan, comparison: Comparison, jobs: int, progress: "Progress") -> list[str]:
+    """Everything that has no line yet. What failed, in words: the other runs go on without it."""
+    failed: list[str] = []
+    devices = gpus()
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def work(stage: str, run: Run) -> None:
+        objective = plan.objectives[run.objective]
+        slot, start, what = slots.get(), time.monotonic(), f"{stage}: {run}"
+        try:
+            gpu = devices[slot % len(devices)] if devices else None
+            line = comparison.run(stage, run, objective, gpu, lambda text: progress.say(slot, f"{what}, {text}"))
+            progress.finished(slot, what, line, time.monotonic() - start)
+        except RunFailed as error:
+            if not comparison.stopping:
+                failed.append(f"{what}\n{error}")
+                progress.failed(slot, f"{what} failed")
+        finally:
+            slots.put(slot)
+
+    def stage_of(stage: str, runs: Sequence[Run]) -> None:
+        keys = {run: comparison.key(stage, plan.objectives[run.objective], run) for run in runs}
+        todo = [run for run in runs if keys[run] not in comparison.done]
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for _ in pool.map(lambda run: work(stage, run), todo):
+                    pass
+            except BaseException:
+                comparison.stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    stage_of("choice", plan.choice())
+    rates = chosen_rates(plan, comparison)
+    finals = plan.finals(rates)
+    for run in plan.choice():
+        if run not in finals:
+            comparison.throw_away(run)
+    stage_of("final", finals)
+    return failed
+
+
+class Progress:
+    """One bar over all runs, what each job is doing, and the time that is left by the runs so far."""
+
+    def __init__(self, plan: Plan, comparison: Comparison, jobs: int, console: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        self.console, self.jobs, self.spent = console, jobs, [0.0, 0]
+        names = {(line["stage"], line["objective"], line["seed"]) for line in comparison.lines}
+        todo = [("choice", run.objective, run.seed) for run in plan.choice()]
+        todo += [("final", name, seed) for seed in plan.seeds for name in plan.objectives]
+        # The rates of final runs are not known yet; those of the choice are counted by their lines.
+        done = sum(
+            comparison.key("choice", plan.objectives[run.objective], run) in comparison.done for run in plan.choice()
+        ) + sum(stage == "final" and (stage, name, seed) in names for stage, name, seed in todo)
+        self.total, self.done = len(todo), done
+        self.bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.all = self.bars.add_task("runs", total=self.total, completed=done)
+        self.jobs_tasks = [self.bars.add_task("", total=None, visible=False) for _ in range(jobs)]
+
+    def say(self, slot: int, text: str) -> None:
+        self.bars.update(self.jobs_tasks[slot], description=text, visible=True)
+
+    def finished(self, slot: int, what: str, line: Line, seconds: float) -> None:
+        self.spent[0] += seconds
+        self.spent[1] += 1
+        self.done += 1
+        nll = "not finite" if line["nll"] is None else f"{line['nll']:.4f}"
+        scores = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in line.get("scores", {}).items())
+        left = (self.total - self.done) * self.spent[0] / self.spent[1] / self.jobs
+        self.bars.update(self.all, completed=self.done, description=f"runs, about {_duration(left)} left")
+        self.bars.update(self.jobs_tasks[slot], visible=False)
+        self.console.print(
+            f"{what}: NLL {nll}{scores} ({seconds:.0f} s; {self.done} of {self.total}, about {_duration(left)} left)",
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def failed(self, slot: int, text: str) -> None:
+        self.bars.update(self.jobs_tasks[slot], visible=False)
+        self.console.print(text, markup=False, style="red")
+
+
+def _duration(seconds: float) -> str:
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Two comparisons in one folder would train everything twice."""
+    from filelock import FileLock, Timeout  # torch needs it
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunFailed(f"another comparison is at work in {out}") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,84 @@
+"""SNIPS as a segmentation of text: words in, a tag a word out; and a small untrained Llama with a word-level tokenizer.
+
+python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots]
+
+DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words and tags. Every prompt is filled
+up to the same number of tokens, so that a tag stands at a constant distance from its word. The test set is dev and test
+together; `cvloss compare` splits it at random.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "_"]
+LONGEST = 24  # words; longer sentences, one in a hundred, are left out
+SEEN = 2  # times that a word must be in the training set to have a token
+
+
+def rows_of(data: Path, *splits: str) -> list[dict[str, list[str]]]:
+    lines = [line for split in splits for line in (data / f"snips_{split}.jsonl").read_text().splitlines()]
+    return [row for row in map(json.loads, lines) if len(row["words"]) <= LONGEST]
+
+
+def example(row: dict[str, list[str]]) -> dict[str, str]:
+    filled = row["words"] + ["_"] * (LONGEST - len(row["words"]))
+    return {"prompt": " ".join(filled), "completion": " " + " ".join(row["tags"])}
+
+
+def build_tokenizer(rows: list[dict[str, list[str]]]) -> PreTrainedTokenizerFast:
+    """A token a word and a token a tag; the tags come first."""
+    tags = sorted({tag for row in rows for tag in row["tags"]})
+    counts = Counter(word for row in rows for word in row["words"])
+    words = sorted(word for word, count in counts.items() if count >= SEEN and word not in tags)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *tags, *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    set_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("outputs/evidence/slots"))
+    args = parser.parse_args()
+    training = rows_of(args.data, "train")
+    folder = args.out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in ("train", training), ("test", rows_of(args.data, "dev", "test")):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example(row)) + "\n" for row in rows))
+        print(f"{name}: {len(rows)} rows")
+    tokenizer = build_tokenizer(training)
+    tokenizer.save_pretrained(args.out / "model")
+    model = build_model(tokenizer)
+    model.save_pretrained(args.out / "model")
+    print(f"{len(tokenizer)} tokens, {model.num_parameters():,} weights")
+
+
+if __name__ == "__main__":
+    main()

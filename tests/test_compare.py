@@ -1,0 +1,231 @@
+"""Statistics, choice and report of `cvloss compare` against cases made by hand. tests/hosts has the real runs."""
+
+import math
+import re
+
+import pytest
+from scipy import stats
+
+from axolotl_cvloss.compare import plan, report
+from axolotl_cvloss.compare.statistics import bootstrap, holm, paired, verdict
+
+
+def test_paired_t_by_hand():
+    """1, 2, 3: mean 2, standard error 1/sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom: p = 1 - t/sqrt(t^2 + 2)."""
+    found = paired([1.0, 2.0, 3.0])
+    t = 2 * math.sqrt(3)
+    assert (found.mean, found.error) == (2, pytest.approx(1 / math.sqrt(3)))
+    assert found.p == pytest.approx(1 - t / math.sqrt(t**2 + 2))
+    reach = 4.302652729911275 / math.sqrt(3)  # the 97.5% point for 2 degrees of freedom, from a printed table
+    assert (found.low, found.high) == (pytest.approx(2 - reach), pytest.approx(2 + reach))
+
+
+def test_what_has_no_t_test():
+    assert paired([0.3]).p is None
+    assert paired([0.1 + 0.2, 0.3, 0.3]).p is None  # without spread, but for rounding
+    assert paired([0.0, 0.0]).p == 1
+    assert paired([0.0, math.nan, 1.0]).p is None  # after a training that diverged
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06)]
+    assert holm([0.6, None, 0.7]) == [1, None, 1]
+
+
+def test_bootstrap_over_examples_alone_and_over_both():
+    """Two seeds, of which one gains on every example and the other loses: fixed, the examples decide nothing; drawn
+    again, the seeds may both be the one or the other."""
+    table = [[1.0] * 50, [-1.0] * 50]
+    assert bootstrap(table, over_seeds=False) == (0, 0)
+    assert bootstrap(table, over_seeds=True) == (pytest.approx(-1), pytest.approx(1))
+
+
+def test_bootstrap_is_as_wide_as_the_binomial():
+    """One seed, 30 of 100 examples gained: the interval is that of the binomial, within a step of 1/100."""
+    low, high = bootstrap([[1.0] * 30 + [0.0] * 70], over_seeds=False)
+    assert low == pytest.approx(stats.binom(100, 0.3).ppf(0.025) / 100, abs=0.0101)
+    assert high == pytest.approx(stats.binom(100, 0.3).ppf(0.975) / 100, abs=0.0101)
+
+
+def test_verdict_needs_both():
+    assert verdict(0.01, (0.1, 0.2), 0.15) == "better"
+    assert verdict(0.01, (-0.2, -0.1), -0.15) == "worse"
+    assert verdict(0.01, (-0.1, 0.2), 0.05) == "not decided"
+    assert verdict(0.06, (0.1, 0.2), 0.15) == "not decided"
+    assert verdict(None, None, 0.15) == "not decided"
+
+
+def choice(rate, examples, nll, seed=0):
+    return {"rate": rate, "seed": seed, "examples": examples, "nll": nll}
+
+
+@pytest.mark.parametrize(
+    ("lines", "rate"),
+    [
+        # 70 points behind on 100 rows is no luck: the score decides, whatever the NLL says.
+        ([choice(1e-3, "1" * 20 + "0" * 80, 0.1), choice(3e-3, "1" * 90 + "0" * 10, 0.9)], 3e-3),
+        # One row of a hundred is: the NLL decides.
+        ([choice(1e-3, "1" * 50 + "0" * 50, 0.1), choice(3e-3, "1" * 51 + "0" * 49, 0.9)], 1e-3),
+        # The same rows: a paired difference of 5 points, all to one side, is more than two standard errors.
+        ([choice(1e-3, "1" * 50 + "0" * 50, 0.1), choice(3e-3, "1" * 55 + "0" * 45, 0.9)], 3e-3),
+        # Without scores the NLL alone; a training that diverged is the worst.
+        ([choice(1e-3, "", None), choice(3e-3, "", 7.0)], 3e-3),
+        # The mean over seeds.
+        (
+            [
+                choice(1e-3, "", 1.0),
+                choice(3e-3, "", 0.5),
+                choice(1e-3, "", 1.0, seed=1),
+                choice(3e-3, "", 9.0, seed=1),
+            ],
+            1e-3,
+        ),
+    ],
+)
+def test_choice_of_the_rate(lines, rate):
+    assert plan.choose_rate(lines) == rate
+
+
+def test_the_two_parts_of_the_test_set_are_all_of_it_and_always_the_same():
+    validation, test = plan.halves(11, 4)
+    assert len(validation) == 4
+    assert sorted(validation + test) == list(range(11))
+    assert plan.halves(11, 4) == (validation, test)
+
+
+def test_the_plan():
+    both = {"cross_entropy": "cross_entropy", "mix": "lovasz"}
+    swept = plan.Plan(both, (1e-3, 3e-3), (0,), (0, 1))
+    assert len(swept.choice()) == 4
+    assert [str(run) for run in swept.finals({"cross_entropy": 1e-3, "mix": 3e-3})] == [
+        "cross_entropy, rate 0.001, seed 0",
+        "mix, rate 0.003, seed 0",
+        "cross_entropy, rate 0.001, seed 1",
+        "mix, rate 0.003, seed 1",
+    ]
+    assert plan.Plan(both, (1e-3,), (0,), (0, 1)).choice() == []  # nothing to choose
+    assert len(plan.Plan(both, (1e-3,), (5,), ()).choice()) == 2  # a screen
+
+
+@pytest.mark.parametrize("host", ["axolotl", "trl"])
+def test_configs_of_two_runs_differ_in_objective_rate_and_seed_alone(host):
+    config = {
+        "learning_rate": 1,
+        "eval_steps": 5,
+        "save_steps": 5,
+        "test_datasets": [],
+        "plugins": ["x.Y"],
+        "lora_r": 8,
+    }
+    one, other = (plan.run_config(host, config, *given) for given in [("dice", 1e-3, 0), ("lovasz", 3e-3, 1)])
+    assert {key for key in one if one[key] != other[key]} == {"cv_loss", "learning_rate", "seed"}
+    assert one["lora_r"] == 8
+    assert "eval_steps" not in one
+    assert "save_steps" not in one
+
+
+def test_the_setting_is_the_content_not_the_place(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("one row\n")
+
+    def setting(folder, **more):
+        config = {"dataset_name": str(tmp_path / folder), "output_dir": folder, "learning_rate": 1, **more}
+        return plan.setting("trl", config, {"score": "text"})
+
+    assert setting("a") == setting("b") == setting("a", learning_rate=2, seed=3, cv_loss="dice")
+    assert setting("a") != setting("a", max_steps=7)
+    (tmp_path / "b" / "train.jsonl").write_text("another row\n")
+    assert setting("a") != setting("b")
+
+
+def line(objective, seed, examples, stage="final", rate=1e-3, nll=0.5, **more):
+    mean = sum(map(int, examples)) / len(examples)
+    return {
+        "stage": stage,
+        "objective": objective,
+        "cv_loss": objective,
+        "rate": rate,
+        "seed": seed,
+        "steps": 10,
+        "rows": len(examples),
+        "nll": nll,
+        "scores": {"exact_match": mean},
+        "examples": examples,
+        "train_seconds": 1.0,
+        "host": "trl",
+        "score": "text",
+        "machine": {"cpu": "a CPU <fast>"},
+        "versions": {"torch": "2.0"},
+        **more,
+    }
+
+
+@pytest.fixture
+def lines():
+    """gain wins on every seed by 20, 21, 19 and 20 points; luck by 30, -30, 20 and -20."""
+    base = ["1" * 50 + "0" * 50] * 4
+    gain = ["1" * (50 + more) + "0" * (50 - more) for more in (20, 21, 19, 20)]
+    luck = ["1" * (50 + more) + "0" * (50 - more) for more in (30, -30, 20, -20)]
+    of = {"cross_entropy": base, "gain": gain, "luck": luck}
+    finals = [line(name, seed, found[seed]) for seed in range(4) for name, found in of.items()]
+    tried = [line(name, 0, "10", stage="choice", rate=rate, nll=rate) for name in of for rate in (1e-3, 3e-3)]
+    stale = [line("gain", seed, "0" * 100, rate=3e-3) for seed in range(4)]  # of a rate that is not chosen any more
+    return [*stale, *tried, *finals]
+
+
+def test_summary_by_hand(lines):
+    found = report.summary(lines)
+    _, gain, luck = sorted(found.rows, key=lambda row: row.name)
+    assert gain.rate == 1e-3
+    assert gain.at_the_end
+    assert gain.difference.mean == pytest.approx(0.2)
+    assert gain.differences == pytest.approx([0.2, 0.21, 0.19, 0.2])
+    p = stats.ttest_1samp([0.2, 0.21, 0.19, 0.2], 0).pvalue
+    assert gain.p == pytest.approx(2 * p)  # of two objectives the smaller p-value counts twice
+    assert (gain.verdict, luck.verdict) == ("better", "not decided")
+    assert report.headline(found) == (
+        "By exact match on the test rows, gain: better than cross_entropy; not decided: luck."
+    )
+
+
+def test_what_is_written(lines, tmp_path):
+    text = report.summarize(lines, tmp_path)
+    assert (tmp_path / "table.md").read_text() == text
+    assert "| gain | 0.001 (end of those tried) | 4 | 50.0 | 70.0 ± 0.4 | +20.0 ± 0.4 |" in text
+    assert "| luck | " in text
+    assert "not decided |" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "a CPU &lt;fast&gt;" in page
+    assert "<svg" in page
+    # Nothing that a browser would load from elsewhere.
+    assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|@import|<script', page)
+    first = (tmp_path / "forest.svg").read_bytes()
+    report.summarize(lines, tmp_path)
+    assert (tmp_path / "forest.svg").read_bytes() == first
+
+
+def test_a_lower_nll_is_better(tmp_path):
+    of = {"cross_entropy": (1.0, 1.1, 1.2), "low": (0.5, 0.61, 0.7)}
+    lines = [line(name, seed, "1", nll=nll[seed]) for name, nll in of.items() for seed in range(3)]
+    for each in lines:
+        del each["scores"], each["examples"]
+    found = report.summary(lines)
+    assert found.metric == "nll"
+    assert found.rows[1].verdict == "better"
+
+
+def test_one_seed_decides_nothing(lines, tmp_path):
+    one = [each for each in lines if each["seed"] == 0]
+    assert {row.verdict for row in report.summary(one).rows} == {"", "not decided"}
+    report.summarize(one, tmp_path)
+
+
+def test_a_screen_has_the_table_of_rates_alone(lines, tmp_path):
+    text = report.summarize([each for each in lines if each["stage"] == "choice"], tmp_path)
+    assert "| gain | 50.0 / 0.0010 | 50.0 / 0.0030 |" in text
+
+
+def test_steps_that_differ_are_no_fair_comparison(lines):
+    lines[-1]["steps"] = 9
+    assert "not a fair one" in report.markdown(report.summary(lines))
