@@ -1,10 +1,12 @@
 """The pages for people: what they say of families, hooks and losses is so, and what they show runs in full."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import temporary_losses
 
 from axolotl_cvloss import available_losses, hookspecs, register_loss
@@ -13,6 +15,7 @@ from axolotl_cvloss.engine.families import FAMILIES
 from axolotl_cvloss.registry import plugin_manager
 
 DOCS = Path(__file__).parents[1] / "docs"
+TROUBLE = DOCS / "troubleshooting.md"
 OWN, WHICH = DOCS / "write-your-own-loss.md", DOCS / "which-loss.md"
 
 
@@ -69,3 +72,36 @@ def test_the_example_of_the_hook_works():
     with temporary_losses():
         names["cvloss_register_losses"](register_loss)
         assert CVLossConfig.parse({"brier": {"scale": 2.0}})
+
+
+# Messages of hosts and launchers, which no code here prints.
+OF_HOSTS = {"error: unrecognized arguments: --cv-loss...", "Torch not compiled with CUDA enabled"}
+
+
+def printed():
+    """All texts of the package, what is formatted into them left out but for the name of the key."""
+    for path in (DOCS.parent / "axolotl_cvloss").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                names = [
+                    getattr(part.value, "id", "") if isinstance(part, ast.FormattedValue) else part.value
+                    for part in node.values
+                ]
+                yield "".join("cv_loss" if name == "KEY" else name for name in names)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_on_the_page_of_troubles_are_printed():
+    texts = list(printed())
+    headings = re.findall(r"^### `([^`]* [^`]*)`", TROUBLE.read_text(), re.MULTILINE)
+    assert len(headings) > 8
+    for heading in set(headings) - OF_HOSTS:
+        parts = [part.strip() for part in heading.split("...")]
+        assert any(all(part in text for part in parts) for text in texts), heading
+
+
+def test_every_key_of_a_yaml_on_the_page_of_troubles_is_one_of_axolotl():
+    schema = pytest.importorskip("axolotl.utils.schemas.config")
+    for part in code(TROUBLE.read_text(), "yaml"):
+        assert yaml.safe_load(part).keys() <= schema.AxolotlInputConfig.model_fields.keys()

@@ -10,7 +10,7 @@ import yaml
 
 pytest.importorskip("axolotl")
 
-from axolotl.cli.config import prepare_plugins
+from axolotl.cli.config import load_cfg, prepare_plugins
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
@@ -223,6 +223,23 @@ def test_options_that_the_python_launcher_ignores(options, meant, make_config, m
     expected = validated(make_config(cv_loss=meant)).cv_loss
     monkeypatch.setattr(sys, "argv", ["axolotl", "train", "config.yaml", "--launcher", "python", *options])
     assert validated(make_config()).cv_loss == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "lovasz"),
+    [
+        ({"cv_loss.lovasz": 0.1}, {"weight": 0.1}),  # --cv-loss.lovasz=0.1, as Fire reads it
+        ({"cv_loss__lovasz": 0.1}, {"weight": 0.1}),
+        ({"cv_loss__lovasz__tolerance": 0.1}, {"weight": 0.4, "tolerance": 0.1}),
+    ],
+)
+def test_options_of_axolotls_module(options, lovasz, make_config, manager, tmp_path):
+    """`python -m axolotl.cli.train CONFIG ...`, which accelerate and torchrun start, hands options to load_cfg."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config()))
+    cfg = load_cfg(str(path), **options)
+    expected = validated(make_config(cv_loss={"cross_entropy": 0.6, "lovasz": lovasz})).cv_loss
+    assert cfg.cv_loss == expected
 
 
 @pytest.mark.parametrize(
