@@ -40,10 +40,10 @@ test-trl-latest:  ## the tests of TRL in an environment of their own
 	  status=$$?; $(LATEST)/bin/python tools/compatibility.py; exit $$status
 
 test-configs: $(INSTALLED)  ## the example configs of the installed Axolotl, from its source distribution, with cv_loss
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary axolotl --dest .axolotl \
-	  axolotl==$$($(BIN)/python -c "from importlib.metadata import version; print(version('axolotl'))")
-	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python tools/axolotl_configs.py .axolotl/axolotl-*.tar.gz \
-	  docs/compatibility/axolotl-configs.md
+	version=$$($(BIN)/python -c "from importlib.metadata import version; print(version('axolotl'))") && \
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary axolotl --dest .axolotl axolotl==$$version && \
+	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python tools/axolotl_configs.py \
+	  .axolotl/axolotl-$$version.tar.gz docs/compatibility/axolotl-configs.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

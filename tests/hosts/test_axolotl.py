@@ -261,17 +261,23 @@ def test_what_only_saves_memory_is_taken_over(make_config, train):
     """The same bits as without it. The package cut_cross_entropy is not there: its plugin must not look for it."""
     keys = {"max_steps": 4, "eval_steps": 4, "save_steps": 4}
     savers = {
-        "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", OURS],
+        "plugins": [
+            "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+            "axolotl.integrations.liger.LigerPlugin",
+            OURS,
+        ],
         "cut_cross_entropy": True,
         "chunked_cross_entropy": True,
+        "liger_fused_linear_cross_entropy": True,
     }
     without, _, _ = train(make_config("without", **keys))
     ours, _, printed = train(make_config("ours", **keys, **savers))
     assert curve(ours) == curve(without)
     assert len(curve(ours)) == 4 + 2
-    for key in "cut_cross_entropy", "chunked_cross_entropy":
+    for key in "cut_cross_entropy", "chunked_cross_entropy", "liger_fused_linear_cross_entropy":
         assert printed.count(f"so {key} is switched off") == 1
     assert "Applying Cut Cross Entropy" not in printed
+    assert "'fused_linear_cross_entropy': False" in printed  # what Liger says that it applies
 
 
 @pytest.mark.hosts

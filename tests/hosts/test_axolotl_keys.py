@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import MambaConfig
 
 pytest.importorskip("axolotl")
 
@@ -137,6 +138,16 @@ def test_accepted(plugin, keys, order, make_config, manager):
 @pytest.mark.parametrize("key", ["context_parallel_size", "tensor_parallel_size"])
 def test_a_degree_of_one_is_accepted(key, make_config, manager):
     assert validated(make_config(**{key: 1})).cv_loss
+
+
+def test_mamba_is_refused_before_its_model_is_loaded(make_config, manager, tmp_path):
+    """Its trainer computes a loss of its own; Axolotl knows so only from the config of the model."""
+    MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config(base_model=str(tmp_path / "mamba"))))
+    cfg = load_cfg(str(path))
+    with pytest.raises(ValueError, match=r"cannot be used with .*mamba: Axolotl's trainer for Mamba"):
+        manager.pre_model_load(cfg)
 
 
 def test_nothing_is_refused_without_the_key(make_config, manager):
