@@ -4,11 +4,26 @@ The names below are imported on first use, so that ``import axolotl_cvloss`` loa
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers; ``_HOME`` says the same to Python
+    from .config import ConfigError as ConfigError
+    from .hookspecs import hookimpl as hookimpl
+    from .hosts.axolotl import CVLossPlugin as CVLossPlugin
+    from .hosts.transformers import attach as attach
+    from .hosts.trl import CVLossSFTConfig as CVLossSFTConfig
+    from .hosts.trl import CVLossSFTTrainer as CVLossSFTTrainer
+    from .installation import install as install
+    from .installation import uninstall as uninstall
+    from .objective import Objective as Objective
+    from .objective import ObjectiveResult as ObjectiveResult
+    from .registry import available_losses as available_losses
+    from .registry import register_loss as register_loss
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ConfigError": "config",
     "Objective": "objective",
     "ObjectiveResult": "objective",
     "install": "installation",
@@ -26,6 +41,7 @@ __all__ = [
     "CVLossPlugin",
     "CVLossSFTConfig",
     "CVLossSFTTrainer",
+    "ConfigError",
     "Objective",
     "ObjectiveResult",
     "__version__",

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .config import KEY, ConfigError, CVLossConfig
 from .engine.batch import Batch
@@ -44,6 +45,27 @@ class ObjectiveResult:
     counts: dict[str, int] = field(default_factory=dict)
     sets: dict[str, SetCounts] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class BatchInputs(TypedDict, total=False):
+    """What is known of a batch beside logits and labels. All of it may be left out.
+
+    shift: Row t predicts label t + 1 (the causal convention, the default); False: labels are aligned with rows.
+    position_ids: (B, T); tell packed documents apart, as they restart at each.
+    attention_mask: (B, T); 0 is padding; only ``scope: sequence`` and numbered documents need it.
+    input_ids: (B, T); only ``scope: sequence`` and goldfish need them.
+    example_weights: (B,), or (B, T) where a row has several documents; the values of an example's rows, or of its sets,
+        are multiplied by them. What they are divided by stays the number of rows. The NLL is not weighted.
+    num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step: the trained
+        tokens of all of them. A mapping gives a count for each scope. None, the default: the rows given.
+    """
+
+    shift: bool
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    input_ids: Tensor | None
+    example_weights: Tensor | None
+    num_items_in_batch: Counts
 
 
 class Objective:
@@ -140,49 +162,25 @@ class Objective:
         return f"Objective({self.config.dump()})"
 
     def from_logits(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        shift: bool = True,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        example_weights: Tensor | None = None,
-        num_items_in_batch: Counts = None,
-        progress: float = 0.0,
+        self, logits: Tensor, labels: Tensor, *, progress: float = 0.0, **inputs: Unpack[BatchInputs]
     ) -> ObjectiveResult:
         """The objective of a batch of logits.
 
         Args:
             logits: (B, T, V) or (N, V); bf16, fp16 and fp32 are computed in float32, float64 in float64.
             labels: (B, T) or (N,), int64; -100 is ignored. They and the rest may be on any device.
-            shift: Row t predicts label t + 1 (the causal convention); False: labels are aligned with rows.
-            position_ids: (B, T); tell packed documents apart, as they restart at each.
-            attention_mask: (B, T); 0 is padding; only ``scope: sequence`` and numbered documents need it.
-            input_ids: (B, T); only ``scope: sequence`` and goldfish need them.
-            example_weights: (B,), or (B, T) where a row has several documents; the values of an example's rows, or of
-                its sets, are multiplied by them. What they are divided by stays the number of rows. The NLL is not
-                weighted.
-            num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step:
-                the trained tokens of all of them. A mapping gives a count for each scope. None: the rows given.
             progress: How much of training is done, 0 to 1, for weights and parameters that follow a schedule.
+            inputs: What else is known of the batch; see ``BatchInputs``.
 
         Raises:
             IndexError: A label is outside the vocabulary.
             ValueError: Shapes do not fit, or input_ids are missing.
         """
         _check_shapes("logits", "V", logits, labels)
-        rows = self.select_rows(
-            labels,
-            shift=shift,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            input_ids=input_ids,
-            example_weights=example_weights,
-        )
+        count = inputs.pop("num_items_in_batch", None)
+        rows = self.select_rows(labels, **inputs)
         source = TensorSource(logits, rows.index.to(logits.device, non_blocking=True))
-        return self._compute(source, rows, num_items_in_batch, progress)
+        return self._compute(source, rows, count, progress)
 
     def from_hidden(
         self,
@@ -192,9 +190,8 @@ class Objective:
         *,
         scale: float = 1.0,
         softcap: float | None = None,
-        num_items_in_batch: Counts = None,
         progress: float = 0.0,
-        **inputs: Any,
+        **inputs: Unpack[BatchInputs],
     ) -> ObjectiveResult:
         """The objective of hidden states under a head, without keeping the logits.
 
@@ -208,17 +205,17 @@ class Objective:
             labels: (B, T) or (N,); for this and the rest see ``from_logits``.
             scale: What the logits are multiplied by.
             softcap: Bound of the logits.
-            inputs: ``shift``, ``position_ids``, ``attention_mask``, ``input_ids``, ``example_weights``.
         """
         _check_shapes("hidden_states", "H", hidden_states, labels)
         if self.config.needs_logits:
             which = "the paper's code" if self.config.reference else "a term of the family dense"
             raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
+        count = inputs.pop("num_items_in_batch", None)
         rows = self.select_rows(labels, **inputs)
         hidden_states = hidden_states.to(device_of(head, hidden_states.device))
         index = rows.index.to(hidden_states.device, non_blocking=True)
         source = head_source(hidden_states, head, index, scale, softcap)
-        return self._compute(source, rows, num_items_in_batch, progress)
+        return self._compute(source, rows, count, progress)
 
     def _compute(self, source: LogitSource, rows: Rows, num_items_in_batch: Counts, progress: float) -> ObjectiveResult:
         _check_labels(rows.labels, source.vocab_size)
