@@ -1,6 +1,7 @@
 """What a YAML means and what is wrong with it, before any model is loaded."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,13 +103,14 @@ def _axolotl(data: Mapping[Any, Any], report: Report) -> None:
 
 def _model_type(base_model: Any) -> str | None:
     """What the config of a model says that it is, where the model is on this machine."""
-    from transformers import PretrainedConfig
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(base_model, local_files_only=True)
-    except (OSError, ValueError, TypeError):
+        path = Path(base_model, "config.json")
+        path = path if path.is_file() else Path(try_to_load_from_cache(base_model, path.name))  # type: ignore[arg-type]
+        return json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, TypeError, KeyError):  # TypeError: it is not in the cache
         return None
-    return config.get("model_type")
 
 
 def traps(config: CVLossConfig) -> list[str]:
