@@ -9,6 +9,7 @@ from typing import Any
 
 import trl
 from accelerate.commands.launch import launch_command, launch_command_parser
+from transformers import set_seed
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import sft
 
@@ -36,5 +37,6 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    *dataclasses, _, _ = parsed(sys.argv[1:])
-    sft.main(*dataclasses)
+    script, training, model, datasets, *_ = parsed(sys.argv[1:])
+    set_seed(training.seed)  # SFTTrainer draws the start of LoRA before the Trainer sets the seed
+    sft.main(script, training, model, datasets)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import torch
 import yaml
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+pytest.importorskip("trl")
+
+import trl
 
 from axolotl_cvloss import Objective
 from axolotl_cvloss.cli import cli
 from axolotl_cvloss.compare import predict, rows
-
-pytest.importorskip("trl")
 
 COMMAND = Path(sys.executable).with_name("cvloss")
 EPS = torch.finfo(torch.float32).eps
@@ -125,6 +129,25 @@ def start(config, out, *options, cwd):
 def lines_of(out):
     file = out / "runs.jsonl"
     return file.read_text().splitlines() if file.exists() else []
+
+
+def test_the_seed_of_a_run_is_that_of_its_adapter_too(sft, tmp_path, monkeypatch):
+    """Whatever was drawn before: objectives are compared from one start."""
+    for name in ("SFTConfig", "SFTTrainer"):
+        monkeypatch.setattr(trl, name, getattr(trl, name))  # the command replaces them
+    adapters = []
+    for drawn, seed in [(1, 0), (2, 0), (1, 1)]:
+        more = {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 0.0, "seed": seed}
+        more |= {"output_dir": str(tmp_path / f"{drawn} {seed}"), "max_steps": 1, "eval_strategy": "no"}
+        config = {key: value for key, value in yaml.safe_load(sft.read_text()).items() if key != "eval_steps"}
+        sft.write_text(yaml.safe_dump(config | more | {"cv_loss": "lovasz"}))
+        torch.manual_seed(drawn)
+        monkeypatch.setattr(sys, "argv", ["cvloss-sft", "--config", str(sft)])
+        runpy.run_module("axolotl_cvloss.hosts.trl_cli", run_name="__main__")
+        adapters.append(load_file(tmp_path / f"{drawn} {seed}" / "adapter_model.safetensors"))
+    first, again, other = adapters
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.hosts
