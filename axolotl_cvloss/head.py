@@ -11,23 +11,20 @@ from torch import Tensor, nn
 
 from .engine.sources import Head
 
-PROBED_ROWS = 4
-
-
-Take = Callable[[Tensor, Head, Tensor | None], None]  # hidden states, the head, and the logits of the rows to be probed
+Take = Callable[[Tensor, Head], Tensor]  # hidden states and the head, and what the model goes on with
 
 
 class HeadTap:
     """Hands the input of a model's head to a function, during one forward of the model.
 
-    The function runs inside the forward of the head: there its weights are whole, however they are sharded. The
-    model goes on with a stand-in of the logits; where ``probe`` is asked for, with the true logits of a few rows,
-    which show what the model does to them afterwards. Threads do not disturb each other.
+    The function runs inside the forward of the head: there its weights are whole, however they are sharded. The model
+    goes on with what it returns, a stand-in of the logits. Threads do not disturb each other.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._head: Head | None = None
+        self.alone = threading.Lock()  # for one who changes the model for a while
         self._lock, self._runs = threading.Lock(), 0
         self._thread = threading.local()  # what the run of this thread wants
         # Made once: with another function at every step, torch.compile would compile at every step.
@@ -41,11 +38,11 @@ class HeadTap:
         get = getattr(self.model, "get_output_embeddings", None)
         return get() if get is not None else None
 
-    def run(self, forward: Callable[[], Any], take: Take, probe: bool) -> Any:
+    def run(self, forward: Callable[[], Any], take: Take) -> Any:
         """Call ``forward`` with ``take`` in the place of the head. Afterwards the head is as it was before."""
         before = vars(self._thread).copy()
         self._enter()
-        self._thread.take, self._thread.probe = take, probe
+        self._thread.take = take
         try:
             return forward()
         finally:
@@ -78,12 +75,7 @@ class HeadTap:
         take = getattr(self._thread, "take", None)
         if take is None:  # of a thread that wants the logits
             return self._head.forward(hidden_states)
-        some = None
-        if self._thread.probe:
-            with torch.no_grad():  # once, as a head with dropout draws anew at every call
-                some = self._head.forward(probed(hidden_states))
-        take(hidden_states, self._head, None if some is None else some.clone())
-        logits = torch.zeros_like(hidden_states[..., :1]) if some is None else some
+        logits = take(hidden_states, self._head)
         return logits.requires_grad_() if partitioned(self._head.module) else logits
 
 
@@ -91,23 +83,3 @@ def partitioned(head: nn.Module) -> bool:
     """DeepSpeed's ZeRO-3 has the weights. It makes them whole for the backward pass of a module where the gradient of
     what the module has returned comes in, so the loss must depend on that."""
     return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
-
-
-def probed(hidden_states: Tensor) -> Tensor:
-    """A few rows, (1, n, H)."""
-    return hidden_states.detach()[:1, :PROBED_ROWS]
-
-
-def postprocessing(config: Any) -> dict[str, float | None]:
-    """What a model's config says it does to its logits: ``scale`` and ``softcap``, as ``from_hidden`` takes them."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        scale *= getattr(text, name, None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
-    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}  # Gemma 2 and later
-
-
-def processed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    logits = logits.float() * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .config import NEEDS_LOGITS
 from .engine import ranks
-from .engine.sources import Head, is_linear
-from .head import HeadTap, partitioned, postprocessing, processed
+from .engine.sources import Head
+from .head import HeadTap, partitioned
+from .inspection import ANOTHER, Verdict, agree, inspected, processed, telling
 from .objective import Objective, ObjectiveResult
 from .rows import COMPLETION, IGNORE_INDEX, Selector
 
@@ -67,8 +68,8 @@ class Installation:
         if objective.config.needs_logits and objective.config.head != "logits":
             logger.warning(f"cv_loss: {objective} {NEEDS_LOGITS}; `head: logits` silences this warning")
         self._tap = HeadTap(model)
-        self._fusable: bool | None = None  # not known before the first batch
-        self._postprocessing: dict[str, Any] = postprocessing(model.config) if hasattr(model, "config") else {}
+        self._verdict: Verdict | None = None  # not known before the first batch
+        self._fused_batches = 0
         self._accepted = model.__dict__.get("accepts_loss_kwargs")
         model.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer then passes num_items_in_batch
         if _REPLACED not in model.__dict__:
@@ -157,103 +158,139 @@ class Installation:
         }
         if self.evaluation and self.evaluation.first_rows is not None:
             given |= _padding_from(self.evaluation.first_rows, given)
+        if self._verdict is None:
+            self._judge(run, given["labels"], given["attention_mask"])
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
+            if outputs.logits.shape[:-1] != given["labels"].shape:
+                raise ValueError(
+                    f"cv_loss: {type(self.model).__name__} returns logits of the shape {tuple(outputs.logits.shape)} "
+                    f"for labels of {tuple(given['labels'].shape)}, and each label needs its row: no logits_to_keep, "
+                    "and no images that the model puts into the sequence beside what has labels"
+                )
             result = torch.compiler.disable(self.objective.from_logits)(outputs.logits, **given)
         else:
             outputs, result = both
         loss = result.loss.to(given["labels"].device)  # of a model on several devices, the head's is not Trainer's
-        if (aux_loss := outputs.get("aux_loss")) is not None:  # load balancing of a mixture of experts
-            # As the rest of the loss it is a mean over the step, of which this micro-batch is a part.
-            share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, float(num_items_in_batch))
-            loss = loss + self._aux_coefficient() * share * aux_loss.to(loss.device)
+        # As the rest of the loss, what is added is a mean over the step, of which this micro-batch is a part.
+        share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, float(num_items_in_batch))
+        loss = loss + share * self._auxiliary(outputs, loss.device)
         for listener in self.listeners:
             listener(result)
         outputs = type(outputs)(**{**outputs, "loss": loss})
         return outputs.to_tuple() if return_dict is False else outputs
 
-    def _aux_coefficient(self) -> float:
-        """What the model itself multiplies its auxiliary loss with."""
+    def _auxiliary(self, outputs: Any, device: torch.device) -> Tensor | float:
+        """The auxiliary loss in the outputs, such as load balancing of a mixture of experts, as the model adds it."""
+        if (aux_loss := outputs.get("aux_loss")) is None:
+            return 0.0
         config = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
         names = ("router_aux_loss_coef", "aux_loss_coef")
         found = [getattr(owner, name) for owner in (self.model, config) for name in names if hasattr(owner, name)]
         if not found:
             raise ValueError(f"cv_loss: {type(self.model).__name__} has an aux_loss, but no {' or '.join(names)}")
-        return found[0]
+        return found[0] * aux_loss.to(device)
 
-    def _wants_fused(self) -> bool:
-        keep_logits = self.evaluation.keep_logits if self.evaluation else not self.model.training
-        config = self.objective.config
-        if config.head == "logits" or config.needs_logits or keep_logits:
-            return False
-        if self._fusable is None:
-            if (head := self._tap.find()) is None:
-                self._refuse("get_output_embeddings() of the model gives no head")
-            elif partitioned(head) and not is_linear(head):
-                self._refuse("DeepSpeed ZeRO-3 makes the parts of an adapted head whole one after the other")
-        return self._fusable is not False
+    @torch.compiler.disable
+    def _judge(self, run: Callable[..., Any], labels: Tensor, attention_mask: Tensor | None) -> None:
+        """What the first batch with labels says of the model; an error where its own loss is another one."""
+        with self._tap.alone:
+            if self._verdict is not None:  # another thread was faster
+                return
+            if "use_cache" in inspect.signature(self.original).parameters:  # no model caches in training
+                run = partial(run, use_cache=False)
+            verdict = inspected(self._tap, run, labels, attention_mask, self._auxiliary)
+            name = type(self.model).__name__
+            if verdict.other_loss:
+                raise RuntimeError(
+                    f"cv_loss: {name} cannot be trained: {verdict.other_loss}. An objective takes the place of the "
+                    "mean cross-entropy of each next token; where the config has a coefficient of what is added, set "
+                    "that to 0"
+                )
+            if verdict.unknown:
+                logger.warning(
+                    f"cv_loss: the own loss of {name} could not be looked at, as {verdict.unknown}. It must be the "
+                    "mean cross-entropy of each next token, for an objective takes the place of that"
+                )
+            config = self.objective.config
+            if verdict.unfusable and config.head != "logits" and not config.needs_logits:
+                verdict = self._kept(verdict.unfusable)
+            self._verdict = verdict
 
-    def _fused(self, run: Callable[[], Any], given: dict[str, Any]) -> tuple[Any, ObjectiveResult] | None:
-        """The outputs without logits and the objective, or None where the model cannot be trusted with it.
-
-        On the first batch a few rows of the model's own logits are compared with what the objective takes them for.
-        """
-        results: list[ObjectiveResult] = []
-        expected: list[Tensor] = []
-        probe = self._fusable is None
-
-        def take(hidden_states: Tensor, head: Head, some: Tensor | None) -> None:
-            results.append(self.objective.from_hidden(hidden_states, head, **given, **self._postprocessing))
-            if some is not None:
-                expected.append(processed(some, **self._postprocessing))
-
-        outputs: Any = None
-        why, known = None, False
-        try:
-            outputs = self._tap.run(run, take, probe)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if not probe or not results:
-                raise
-            why = f"its forward fails without all logits ({error})"
-        if why is None and len(results) != 1:
-            why = f"its forward calls the head {len(results)} times"
-            if not probe and ranks.world_size() > 1:  # too late for all to turn round together
-                raise RuntimeError(f"cv_loss: {why}, unlike before; use head: logits")
-        if probe:
-            if why is None:
-                why, known = _compared(outputs.logits, expected[0])
-            why, known = self._agreed(why, known, given["labels"].device)
-            if known:  # or the next batch is looked at too
-                self._fusable = True
-        if why is not None:
-            return self._refuse(why)
-        (result,) = results
-        if outputs.logits.requires_grad:  # see ``partitioned``
-            result = replace(result, loss=result.loss + outputs.logits.flatten()[:0].sum())
-        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
-        return outputs, result
-
-    def _agreed(self, why: str | None, known: bool, device: torch.device) -> tuple[str | None, bool]:
-        """The same verdict in all processes: one that went on without the others would call other collectives."""
-        accepted, known = ranks.least_of(torch.tensor([why is None, known], dtype=torch.long, device=device)).tolist()
-        if not accepted and why is None:
-            why = "another process cannot do without them"
-        return why, bool(known)
-
-    def _refuse(self, why: str) -> Any:
+    def _kept(self, why: str) -> Verdict:
         """Go on with full logits, or stop where fused was asked for."""
         if self.objective.config.head == "fused":
             raise RuntimeError(
                 f"cv_loss.head: fused is not possible with {type(self.model).__name__}: {why}. "
                 "Use head: auto or head: logits"
             )
-        self._fusable = False
         logger.warning(
             f"cv_loss: the logits of {type(self.model).__name__} are kept in full, as {why}. "
             "This takes more memory; `head: logits` silences this warning"
         )
-        return None
+        return Verdict(unfusable=why)
+
+    def _wants_fused(self) -> bool:
+        keep_logits = self.evaluation.keep_logits if self.evaluation else not self.model.training
+        config = self.objective.config
+        assert self._verdict is not None
+        return not (config.head == "logits" or config.needs_logits or keep_logits or self._verdict.unfusable)
+
+    def _fused(self, run: Callable[[], Any], given: dict[str, Any]) -> tuple[Any, ObjectiveResult] | None:
+        """The outputs without logits and the objective, or None where it turns out that the logits are needed.
+
+        What the model does to logits is looked at again in batches 1, 2, 4, 8, ...
+        """
+        assert self._verdict is not None
+        postprocessing: Any = {"scale": self._verdict.scale, "softcap": self._verdict.softcap}
+        results: list[ObjectiveResult] = []
+        looks: list[Tensor] = []
+        first = self._fused_batches == 0
+
+        def take(hidden_states: Tensor, head: Head) -> Tensor:
+            results.append(self.objective.from_hidden(hidden_states, head, **given, **postprocessing))
+            self._fused_batches += 1
+            if self._fused_batches & (self._fused_batches - 1):
+                return torch.zeros_like(hidden_states[..., :1])
+            looks.append(telling((*hidden_states.shape[:-1], 1), hidden_states))
+            return looks[0].clone()
+
+        outputs: Any = None
+        why = ""
+        try:
+            outputs = self._tap.run(run, take)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not first or not results:
+                raise
+            why = f"its forward fails without all logits ({error})"
+        if not why and len(results) != 1:
+            why = f"its forward calls the head {len(results)} times"
+        elif not why and looks:
+            why = self._seen_again(outputs.logits, processed(looks[0], **postprocessing))
+        if first:
+            if not ranks.everywhere(not why, given["labels"].device):
+                self._verdict = self._kept(why or ANOTHER)
+                return None
+        elif why:  # too late for all processes to turn round together
+            raise RuntimeError(f"cv_loss: with {type(self.model).__name__} {why}, unlike before; use head: logits")
+        (result,) = results
+        if outputs.logits.requires_grad:  # see ``partitioned``
+            result = replace(result, loss=result.loss + outputs.logits.flatten()[:0].sum())
+        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+        return outputs, result
+
+    @torch.compiler.disable
+    def _seen_again(self, seen: Tensor, expected: Tensor) -> str:
+        """What is wrong with what the model has done to logits, or empty."""
+        if seen.shape != expected.shape or not agree(seen.detach(), expected):
+            return "what happens to the logits of the head is another thing"
+        head = self._tap.find()
+        if seen.requires_grad and head is not None and not partitioned(head):
+            return "what happens to the logits of the head has weights that train"
+        return ""
 
 
 def install(model: nn.Module, objective: Objective) -> nn.Module:
@@ -268,9 +305,18 @@ def install(model: nn.Module, objective: Objective) -> nn.Module:
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: The model is an encoder-decoder. Other models whose own loss is not the mean cross-entropy of each
+            next token stop at their first batch.
     """
     installed = installation(model)
     base = _base(model) if installed is None else installed.model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"cv_loss: {type(base).__name__} is an encoder-decoder, whose labels are in line with the logits; "
+            "objectives are for causal language models, where each row predicts the next token"
+        )
     uninstall(model)
     base.__dict__[_ATTRIBUTE] = Installation(base, objective)
     return model
@@ -287,15 +333,6 @@ def installation(model: nn.Module) -> Installation | None:
     """The installation in a model, also where the model has been wrapped since, or None."""
     found = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
     return found[0] if found else None
-
-
-def _compared(logits: Tensor, expected: Tensor) -> tuple[str | None, bool]:
-    """What is wrong with a few rows of a model's own logits, if anything, and whether they say anything at all."""
-    seen = logits.detach().float()
-    same = partial(torch.allclose, rtol=0.02, atol=0.02, equal_nan=True)  # NaN says nothing
-    if seen.shape != expected.shape or not same(seen, expected):
-        return "its logits are not those of its head, scaled and capped as its config says", False
-    return None, bool(seen.isfinite().any())
 
 
 def _padding_from(first: int, given: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -25,6 +25,11 @@ def least_of(values: Tensor) -> Tensor:
     return values if world_size() == 1 else _reduced(values, dist.ReduceOp.MIN)
 
 
+def everywhere(yes: bool, device: torch.device) -> bool:
+    """In all processes. One that went another way alone would call other collectives, and the rest would wait."""
+    return bool(least_of(torch.tensor(int(yes), device=device)))
+
+
 def joined(values: Tensor) -> Tensor:
     """The values (n, ...) of all processes behind each other; differentiable in the part of this one."""
     if world_size() == 1:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from axolotl_cvloss import Objective, install, uninstall
 
@@ -42,10 +42,23 @@ MODELS = {
         "mamba_d_state": 8,
         "head_dim": 8,
     },
+    "hyperclovax": {"logits_scaling": 0.125},  # multiplies by what Granite divides by
+    "minicpm3": {  # divides before the head
+        "dim_model_base": 8,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "recurrent_gemma": {"logits_soft_cap": 0.5, "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8},
     "olmo2": {},
     "glm": {"head_dim": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "bloom": {"n_layer": 2, "n_head": 4},
+    # Its config has a scale for the attention, under a name that others give to the scale of logits.
+    "mpt": {"n_layers": 2, "n_heads": 4, "d_model": 32, "max_seq_len": 64, "logit_scale": 0.25},
 }
 MIX = {"cross_entropy": 0.6, "lovasz": 0.4}
 
@@ -103,22 +116,146 @@ def test_fused_equals_the_models_own_loss_and_full_logits(name):
     uninstall(model)
 
 
-def test_logits_the_config_does_not_explain_are_kept_with_a_warning(caplog):
-    model = tiny("granite")
-    host, _ = step(model)
-    config = model.config.logits_scaling
-    model.config.logits_scaling = 1.0  # what the model divides by was read by nobody
-    install(model, objective({"cross_entropy": 1.0}, "auto"))
-    model.config.logits_scaling = config
-    outputs, _ = step(model)
-    torch.testing.assert_close(outputs.loss, host.loss)
-    assert outputs.logits is not None
-    assert "kept in full, as its logits are not those of its head" in caplog.text
-    model.config.logits_scaling = 1.0
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "recurrent_gemma", "hyperclovax"])
+def test_what_was_found_holds_when_the_head_has_grown(name):
+    """At the first batch logits are so small that a cap does nothing."""
+    model = tiny(name)
     install(model, objective({"cross_entropy": 1.0}, "fused"))
-    model.config.logits_scaling = config
-    with pytest.raises(RuntimeError, match=r"cv_loss\.head: fused is not possible with GraniteForCausalLM"):
+    step(model)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head *= 100
+    fused, grads = step(model)
+    uninstall(model)
+    host, host_grads = step(model)
+    torch.testing.assert_close(fused.loss, host.loss)
+    assert grads.keys() == host_grads.keys()
+    for name, grad in host_grads.items():  # sums over rows, of numbers that are rounded themselves
+        eps = torch.finfo(grad.dtype).eps
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=256 * eps * float(grad.abs().max()))
+
+
+def hooked(change, name="llama"):
+    """A model with something done to its logits right after the head."""
+    model = tiny(name)
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: change(output))
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z + torch.linspace(0, 1, 97),
+        lambda z: z.clamp(-3, 3),
+        lambda z: z * torch.linspace(1, 1.001, 97),
+        lambda z: z.masked_fill(torch.arange(97) == 5, -1e4),
+        lambda z: 30 * torch.tanh(z / 30) + 1e-3 * z,
+    ],
+    ids=["bias", "hard cap", "scale by column", "masked column", "leaking cap"],
+)
+def test_logits_that_are_more_than_scaled_and_capped_are_kept_with_a_warning(change, caplog):
+    host, grads = step(hooked(change))
+    model = install(hooked(change), objective({"cross_entropy": 1.0}, "auto"))
+    outputs, ours = step(model)
+    torch.testing.assert_close(outputs.loss, host.loss)
+    same(ours, grads)
+    assert outputs.logits is not None
+    assert "kept in full, as it does more to the logits of its head than to scale and to cap them" in caplog.text
+    model = install(hooked(change), objective({"cross_entropy": 1.0}, "fused"))
+    with pytest.raises(RuntimeError, match=r"cv_loss\.head: fused is not possible with LlamaForCausalLM"):
         step(model)
+
+
+def test_a_scale_that_trains_keeps_the_logits(caplog):
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    model = install(hooked(lambda z: z * scale), objective({"cross_entropy": 1.0}, "auto"))
+    step(model)
+    ours, scale.grad = scale.grad.clone(), None
+    step(uninstall(model))
+    torch.testing.assert_close(ours, scale.grad)
+    assert "has weights that train" in caplog.text
+
+
+def test_a_scale_that_changes_stops_the_training():
+    scale = [2.0]
+    model = install(hooked(lambda z: z * scale[0]), objective({"cross_entropy": 1.0}, "fused"))
+    step(model)
+    scale[0] = 2.001
+    with pytest.raises(RuntimeError, match="no longer what it was at the first batch; use head: logits"):
+        step(model)
+
+
+OTHER_LOSSES = {
+    "bart": (
+        {"d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 32, "decoder_attention_heads": 4},
+        "without a shift",
+    ),
+    "bamba": (
+        {
+            "z_loss_coefficient": 0.1,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+        "adds something that it does not tell",
+    ),
+}
+
+
+@pytest.mark.parametrize("head", ["auto", "fused", "logits"])
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_a_model_with_another_loss_of_its_own_is_refused(name, head):
+    config, why = OTHER_LOSSES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **config})).train()
+    install(model, objective(MIX, head))
+    with pytest.raises(RuntimeError, match=f"cv_loss: {type(model).__name__} cannot be trained: .*{why}"):
+        step(model)
+
+
+def test_a_loss_that_is_switched_off_does_not_matter():
+    config = {**SIZES, **OTHER_LOSSES["bamba"][0], "z_loss_coefficient": 0.0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bamba", **config)).train()
+    host, grads = step(model)
+    fused, ours = step(install(model, objective({"cross_entropy": 1.0}, "fused")))
+    torch.testing.assert_close(fused.loss, host.loss)
+    same(ours, grads)
+
+
+def test_an_encoder_decoder_is_refused_at_once():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        install(T5ForConditionalGeneration(config), objective(MIX, "auto"))
+
+
+@pytest.mark.parametrize("head", ["auto", "logits"])
+def test_logits_to_keep_cannot_go_with_labels(head):
+    model = install(tiny("llama"), objective(MIX, head))
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM returns logits of the shape \(2, 5, 97\) for labels of \(2, 12\)"
+    ):
+        model(**inputs(), logits_to_keep=5)
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_the_first_batch_is_as_the_others(head):
+    """Looking at a model changes neither dropout nor random numbers, statistics or modes."""
+    model = tiny("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
+    model.transformer.wte.train(False)
+    statistics = torch.nn.BatchNorm1d(32)
+    model.transformer.drop.register_forward_hook(lambda m, i, o: statistics(o.flatten(0, 1)).view_as(o))
+    model.transformer.statistics = statistics
+    modes = [module.training for module in model.modules()]
+    install(model, objective(MIX, head))
+    first, grads = step(model)
+    assert int(statistics.num_batches_tracked) == 1
+    assert [module.training for module in model.modules()] == modes
+    second, again = step(model)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(grad, again[name]) for name, grad in grads.items())
 
 
 @pytest.mark.parametrize("config", [{"cross_entropy": 1.0}, MIX], ids=["cross_entropy", "mix"])
@@ -171,7 +308,7 @@ def test_evaluation_has_logits():
 
 
 def test_no_full_logits_exist_in_training(monkeypatch):
-    """The head of the model is never asked for more than the few rows that are compared on the first batch."""
+    """The head of the model is never asked for more than one row, which tells the number of its columns."""
     model = tiny("llama")
     seen = []
     original = type(model.lm_head).forward
@@ -181,4 +318,4 @@ def test_no_full_logits_exist_in_training(monkeypatch):
     install(model, objective(MIX, "auto"))
     step(model)
     step(model)
-    assert [tuple(shape[:-1]) for module, shape in seen if module is model.lm_head] in ([], [(1, 4)], [(1, 4)] * 2)
+    assert [tuple(shape[:-1]) for module, shape in seen if module is model.lm_head] == [(2, 1)]
