@@ -176,12 +176,22 @@ def test_a_scale_that_trains_keeps_the_logits(caplog):
     assert "has weights that train" in caplog.text
 
 
+def test_a_forward_that_fails_without_all_logits_keeps_them(caplog):
+    """It takes the stand-in of the first look, which has all columns, and not the narrow one of training."""
+    host, grads = step(hooked(lambda z: z + 0 * z[..., 5:6]))
+    model = install(hooked(lambda z: z + 0 * z[..., 5:6]), objective({"cross_entropy": 1.0}, "auto"))
+    outputs, ours = step(model)
+    torch.testing.assert_close(outputs.loss, host.loss)
+    same(ours, grads)
+    assert "kept in full" in caplog.text
+
+
 def test_a_scale_that_changes_stops_the_training():
     scale = [2.0]
     model = install(hooked(lambda z: z * scale[0]), objective({"cross_entropy": 1.0}, "fused"))
     step(model)
     scale[0] = 2.001
-    with pytest.raises(RuntimeError, match="no longer what it was at the first batch; use head: logits"):
+    with pytest.raises(RuntimeError, match="is another thing, unlike before; use head: logits"):
         step(model)
 
 
