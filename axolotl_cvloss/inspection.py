@@ -228,6 +228,7 @@ def _difference(trial: _Trial, added: Added) -> str:
         return ""
     logits = logits.to(statistics_dtype(logits.dtype))
     more = added(trial.outputs, logits.device)
+    labels = labels.to(logits.device)
     shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + more
     aligned = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + more
     eps = torch.finfo(logits.dtype).eps, torch.finfo(own.dtype).eps

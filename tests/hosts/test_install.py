@@ -217,6 +217,8 @@ def test_a_checkpoint_around_the_whole_forward(make_model, batch, head):
     """It runs the model once more in the backward pass, for what was saved, and no more often."""
     expected = step(install(make_model(), objective(head=head)), **batch)
     model, calls = install(make_model(), objective(head=head)).train(), []
+    with torch.no_grad():
+        model(**batch)  # the first batch with labels is looked at in a forward of its own
     model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
     loss = checkpoint(lambda ids: model(**{**batch, "input_ids": ids}).loss, batch["input_ids"], use_reentrant=False)
     assert len(calls) == 1
