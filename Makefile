@@ -12,11 +12,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(INSTALLED)  ## train a small model on generated word problems, with cross-entropy and with the mix
 	$(BIN)/python demo/run.py
 
-test: $(INSTALLED)  ## the quick suite
-	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
+# A worker that has done its part takes over from the other: single tests of hosts take a minute.
+test: $(INSTALLED)  ## every law, family and host, with a sample of their combinations
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not matrix"
 
-test-all: $(INSTALLED)  ## the long checks too
-	$(BIN)/python -m pytest -n 2
+test-all: $(INSTALLED)  ## all combinations and the long checks too
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-hosts: $(INSTALLED) .deepspeed  ## real hosts in two processes: prints what works with what, and writes it into the README
 	COMPATIBILITY=docs/compatibility/axolotl.json $(BIN)/python -m pytest tests/distributed; \

@@ -139,7 +139,13 @@ def distance(one, other):
 @pytest.mark.hosts
 @pytest.mark.parametrize("launch", QUICK)
 def test_a_cut_of_the_matrix(launch, steps_of, record_property):
-    check(launch, make_cases(launch, QUICK_OBJECTIVES), steps_of, record_property)
+    check(launch, padded_or_packed(make_cases(launch, QUICK_OBJECTIVES)), steps_of, record_property)
+
+
+def padded_or_packed(cases):
+    """One of each two, in turn: every objective, and every way to accumulate, comes in both."""
+    pairs = zip(cases[::2], cases[1::2], strict=True)
+    return [pair[(n + QUICK_OBJECTIVES.index(pair[0]["name"])) % 2] for n, pair in enumerate(pairs)]
 
 
 @pytest.mark.hosts

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from sampling import pairwise
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from axolotl_cvloss import Objective, install
@@ -117,9 +118,10 @@ def gradient_of_one_big_batch(model, config, data):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("untrained", [(), (2, 5)], ids=["", "some rows untrained"])
-@pytest.mark.parametrize("cut", [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)], ids=lambda cut: f"{cut[1]}x{cut[0]}")
-@pytest.mark.parametrize("config", OBJECTIVES.values(), ids=OBJECTIVES)
+CUTS = {f"{steps}x{size}": (size, steps) for size, steps in ((8, 1), (4, 2), (2, 4), (1, 8), (3, 3))}
+
+
+@pairwise(config=OBJECTIVES, cut=CUTS, untrained={"all rows": (), "some rows untrained": (2, 5)})
 def test_accumulation_is_one_big_batch(config, cut, untrained, make_trainer, make_model):
     """However the rows are cut into micro-batches, and where a micro-batch has no trained token."""
     data = rows(8, untrained)
