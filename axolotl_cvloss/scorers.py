@@ -13,7 +13,8 @@ f1_micro is 2 hits / (predicted + wanted) over all fields. f1_macro is the mean 
 label of a span, class) that a reference has, so that a rare label counts as much as a frequent one.
 
 ``MODULE:FUNCTION`` is a function of your own: of prediction and reference, to a number, or to a mapping of names to
-numbers, the first of which decides. Numbers that are higher must be better.
+numbers. The first of them decides, so every example must have it, and higher must be better; the others are means over
+the examples that have them.
 """
 
 import importlib
@@ -171,10 +172,13 @@ def score_pairs(name: str, pairs: Iterable[tuple[str, str]]) -> Scores:
     found = [of(prediction, reference) for prediction, reference in pairs]
     if not found:
         raise ValueError("there is nothing to score")
-    metrics = {key: fmean(example.scores[key] for example in found) for key in found[0].scores}
+    names = dict.fromkeys(key for example in found for key in example.scores)
+    metrics = {key: fmean(example.scores[key] for example in found if key in example.scores) for key in names}
     if any(example.wanted for example in found):
         metrics |= f1(found)
     main = next(iter(metrics))
+    if any(main not in example.scores for example in found):
+        raise ValueError(f"score {name}: every example must have {main}, which decides")
     return Scores(metrics, [example.scores[main] for example in found])
 
 

@@ -63,13 +63,21 @@ def test_a_scorer_of_your_own(tmp_path, monkeypatch):
     (tmp_path / "own_scorer.py").write_text(
         "def shared(prediction, reference):\n    return {'shared': 0.5, 'length': len(prediction)}\n"
         "def nothing(prediction, reference):\n    return None\n"
+        "def some(prediction, reference):\n    return {'right': 1} | ({'rare': 3} if prediction == 'ab' else {})\n"
+        "def lacking(prediction, reference):\n    return {prediction: 1}\n"
     )
     scores = score_pairs("own_scorer:shared", [("ab", "x"), ("abcd", "y")])
     assert scores.metrics == {"shared": 0.5, "length": 3}
     assert scores.examples == [0.5, 0.5]
-    for wrong, says in [("own_scorer:nothing", "finite number"), ("own_scorer:no", "no"), ("words", "allowed: text,")]:
+    assert score_pairs("own_scorer:some", [("ab", "x"), ("c", "y")]).metrics == {"right": 1, "rare": 3}
+    for wrong, says in [
+        ("own_scorer:lacking", "every example must have a"),
+        ("own_scorer:nothing", "finite number"),
+        ("own_scorer:no", "no attribute 'no'"),
+        ("words", "allowed: text,"),
+    ]:
         with pytest.raises(ValueError, match=says):
-            score_pairs(wrong, [("a", "b")])
+            score_pairs(wrong, [("a", "b"), ("c", "d")])
 
 
 def test_of_a_file(tmp_path):

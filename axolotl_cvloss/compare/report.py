@@ -168,7 +168,7 @@ def tables(found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
         rows.append(
             [
                 row.name,
-                f"{row.rate:g}" + " (end of those tried)" * row.at_the_end,
+                f"{row.rate:g}" + "*" * row.at_the_end,
                 str(len(row.seeds)),
                 _number(main, row.validation[main]) if row.validation else "",
                 _number(main, *row.metrics[main]),
@@ -252,6 +252,8 @@ def facts(found: Summary) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
     ]
+    if any(row.at_the_end for row in found.rows):
+        said.append("* An end of the rates that were tried: a better one may lie beyond.")
     if len(steps) > 1:
         said.append("The runs differ in their steps, so the comparison is not a fair one.")
     return said
@@ -264,7 +266,7 @@ def _seeds(lines: Sequence[Line]) -> str:
 def markdown(found: Summary) -> str:
     text = [headline(found), ""] if headline(found) else []
     text += _markdown(tables(found))
-    text += [" ".join(facts(found)), "", RULE, "", READING]
+    text += [" ".join(facts(found)).replace("*", "\\*"), "", RULE, "", READING]
     text += ["", "Means ± standard errors over seeds; differences are of the same seeds.", ""]
     return "\n".join(text)
 
@@ -278,7 +280,7 @@ def _markdown(made: dict[str, tuple[list[str], list[list[str]]]]) -> list[str]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"
 
 
 def forest(found: Summary) -> str:
@@ -305,7 +307,7 @@ def forest(found: Summary) -> str:
     axis.set(yticks=range(len(rows)), yticklabels=[f"{row.name}: {row.verdict}" for row in rows])
     axis.set_xlabel(f"{title(found.metric)} minus that of {BASELINE}" + (", points" if factor == 100 else ""))
     axis.set_title(
-        "diamond: mean; dots: seeds; thick: 95% of the t-test over seeds; thin: 95% of the bootstrap over both",
+        "diamond: mean; dots: seeds; 95% intervals,\nthick: t-test over seeds, thin: bootstrap over seeds and examples",
         fontsize="small",
     )
     axis.set_ylim(len(rows) - 0.5, -0.5)

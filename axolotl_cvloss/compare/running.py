@@ -431,8 +431,9 @@ def alone(out: Path) -> Iterator[None]:
     """Two comparisons in one folder would train everything twice."""
     from filelock import FileLock, Timeout  # torch needs it
 
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", timeout=0)
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
