@@ -282,7 +282,6 @@ def test_keys_that_tell_of_axolotl_are_its_own():
     [
         ({"loss_type": "dft"}, "loss_type: dft: it brings another loss"),
         ({"label_smoothing_factor": 0.1}, "write cross_entropy: {label_smoothing: 0.1} in cv_loss"),
-        ({"use_liger_kernel": True}, "liger_kernel_config: {fused_linear_cross_entropy: false}"),
         ({"parallelism_config": {"tp_size": 2}}, "tp_size above 1 (tensor parallelism)"),
     ],
 )

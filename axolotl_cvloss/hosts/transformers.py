@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..objective import Objective, ObjectiveResult
 from ..rows import COMPLETION
 from ..vocabulary import count_labels
 from .example_weights import WeightCollator
-from .trl_keys import parallel
+from .trl_keys import parallel, savers
 
 logger = logging.get_logger(__name__)
 
@@ -201,6 +202,13 @@ def _recorder(trainer: ObjectiveTrainer) -> Callable[[ObjectiveResult], None]:
     return record
 
 
+def switch_off(args: Any) -> None:
+    """Take Liger's cross-entropy out of training arguments; Trainer brings its kernels into the model in train()."""
+    for name, note in savers(partial(getattr, args)).items():
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), name: False}
+        logger.warning(note)
+
+
 def attach(trainer: Trainer) -> None:
     """Make a trainer count and log for the objective installed in its model.
 
@@ -222,6 +230,7 @@ def attach(trainer: Trainer) -> None:
     # From TrainingArguments, the command line or the environment, or from a model that is split already.
     if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
         raise RuntimeError("\n".join(problems))
+    switch_off(trainer.args)
     installed.objective = _complete(installed.objective, trainer)
     if column := installed.objective.config.example_weights:
         trainer.data_collator = WeightCollator(trainer.data_collator, column)

@@ -5,10 +5,10 @@ log-probabilities make the loss. Both pass by what a model returns as its loss. 
 ``prediction_step`` go to transformers' Trainer here, and what SFTTrainer logs is taken from the objective.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +21,8 @@ from trl.trainer import sft_trainer
 from ..config import KEY, ConfigError, CVLossConfig
 from ..installation import install
 from ..objective import Objective
-from .transformers import ObjectiveTrainer, attach
-from .trl_keys import LOSS_TYPE, conflicts, parallel
+from .transformers import ObjectiveTrainer, attach, switch_off
+from .trl_keys import conflicts, parallel
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,7 @@ class CVLossSFTConfig(SFTConfig):
             problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
-        self.loss_type = LOSS_TYPE
+        self.loss_type = "nll"
 
 
 class CVLossSFTTrainer(SFTTrainer):
@@ -77,12 +77,9 @@ class CVLossSFTTrainer(SFTTrainer):
                 f"{KEY} cannot be used with compute_loss_func: it brings another loss; remove it and register yours "
                 "with register_loss"
             )
-        args.loss_type = "nll"
-        try:
-            with _adapters_on_the_head():
-                super().__init__(model, args, *more, **named)
-        finally:
-            args.loss_type = LOSS_TYPE
+        switch_off(args)
+        with _adapters_on_the_head():
+            super().__init__(model, args, *more, **named)
         # accelerate may have been told on the command line or in the environment.
         if problems := parallel(getattr(self.accelerator, "parallelism_config", None)):
             raise ConfigError("\n".join(problems))
@@ -138,6 +135,26 @@ class CVLossSFTTrainer(SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(aux_loss / self.args.world_size)
+
+
+def _only_for_ours(init: Callable[..., None]) -> Callable[..., None]:
+    """Trainer's ``__init__``, which refuses a config with the key to every trainer but ours.
+
+    Each of them takes the config, as it is one of transformers', and would train with a loss of its own. Their ways to
+    look at ``loss_type`` differ between versions, and with Liger's kernels there is none; they all come by here.
+    """
+
+    @wraps(init)
+    def checked(self: Trainer, *given: Any, **named: Any) -> None:
+        keys = [c.cv_loss for c in (*given, *named.values()) if isinstance(c, CVLossSFTConfig)]
+        if any(key is not None for key in keys) and not isinstance(self, CVLossSFTTrainer):
+            raise ConfigError(f"{KEY}: only CVLossSFTTrainer trains with it, and this is a {type(self).__name__}")
+        init(self, *given, **named)
+
+    return checked
+
+
+Trainer.__init__ = _only_for_ours(Trainer.__init__)
 
 
 @contextmanager

@@ -1,29 +1,39 @@
-"""Options of TRL's SFTConfig that ``cv_loss`` cannot be used with. Imports no host: anybody can check a config."""
+"""Options of TRL's SFTConfig beside ``cv_loss``: what is switched off and what is refused.
+
+Imports no host: anybody can check a config.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import KEY
 
-# What `loss_type` is set to: SFTTrainer refuses it, so that a config with cv_loss never trains with another loss.
-LOSS_TYPE = "cv_loss, which only CVLossSFTTrainer knows,"
+# Liger's ways to compute cross-entropy, and whether each is on where nothing is said of it. They say nothing of the
+# objective, so they are switched off; its other kernels stay.
+SAVERS = {"fused_linear_cross_entropy": True, "cross_entropy": False}
 PARALLEL = {"cp_size": "context", "sp_size": "sequence", "tp_size": "tensor"}
 
 
 def conflicts(value_of: Callable[[str], Any]) -> list[str]:
     """Options that bring another loss or split a row of logits over ranks, and what to do instead."""
     found = []
-    if (loss_type := value_of("loss_type")) not in (None, "nll", "chunked_nll", LOSS_TYPE):
+    if (loss_type := value_of("loss_type")) not in (None, "nll", "chunked_nll"):
         found.append(f"loss_type: {loss_type}: it brings another loss; remove it and name the loss in {KEY}")
     if smoothing := value_of("label_smoothing_factor"):
         instead = f"cross_entropy: {{label_smoothing: {smoothing:g}}}"
         found.append(f"label_smoothing_factor: it brings another loss; remove it and write {instead} in {KEY}")
-    if value_of("use_liger_kernel") and (value_of("liger_kernel_config") or {}).get("fused_linear_cross_entropy", True):
-        found.append(
-            "use_liger_kernel and its fused cross-entropy: it replaces the loss; keep the other kernels with "
-            "liger_kernel_config: {fused_linear_cross_entropy: false}"
-        )
     return [f"{KEY} cannot be used with {problem}" for problem in found] + parallel(value_of("parallelism_config"))
+
+
+def savers(value_of: Callable[[str], Any]) -> dict[str, str]:
+    """The fields of ``liger_kernel_config`` to switch off, and a sentence about each."""
+    config = value_of("liger_kernel_config") or {}
+    return {
+        name: f"{KEY} computes its loss itself, without keeping logits where the losses allow it, so Liger's {name} is "
+        "switched off"
+        for name, default in SAVERS.items()
+        if value_of("use_liger_kernel") and isinstance(config, Mapping) and config.get(name, default)
+    }
 
 
 def parallel(config: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with an objective: real training runs of a tiny model, beside SFTTrainer's own."""
 
 import json
-import math
+import logging
 import sys
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from helpers import NEEDS_MORE
 from peft import LoraConfig, PromptTuningConfig
-from transformers import MixtralConfig, MixtralForCausalLM, set_seed
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from axolotl_cvloss import CVLossSFTConfig, CVLossSFTTrainer, Objective
+from axolotl_cvloss import CVLossSFTConfig, CVLossSFTTrainer, Objective, attach, install
 from axolotl_cvloss.hosts import trl_cli
 from axolotl_cvloss.installation import installation
 
@@ -343,7 +343,6 @@ def test_without_the_key_it_is_sfttrainer(make_trainer):
 REFUSED = {
     "dft": ({"loss_type": "dft"}, "cv_loss cannot be used with loss_type: dft: .*name the loss in cv_loss"),
     "smoothing": ({"label_smoothing_factor": 0.1}, r"write cross_entropy: \{label_smoothing: 0.1\} in cv_loss"),
-    "liger": ({"use_liger_kernel": True}, r"liger_kernel_config: \{fused_linear_cross_entropy: false\}"),
     "context": ({"parallelism_config": ParallelismConfig(cp_size=2)}, r"cp_size above 1 \(context parallelism\)"),
     "tensor": ({"parallelism_config": ParallelismConfig(tp_size=2)}, r"tp_size above 1 \(tensor parallelism\)"),
     "sequence": ({"parallelism_config": ParallelismConfig(sp_size=2)}, r"sp_size above 1 \(sequence parallelism\)"),
@@ -362,11 +361,6 @@ def test_refused_options(arguments, message, tmp_path):
         CVLossSFTConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "cv_loss": MIX, **arguments})
 
 
-def test_the_other_kernels_of_liger_are_allowed(tmp_path):
-    others = {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
-    CVLossSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, cv_loss=MIX, **others)
-
-
 def test_a_loss_function_is_refused_before_the_model_is_loaded(tmp_path):
     args = CVLossSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, cv_loss=MIX)
     with pytest.raises(ValueError, match=r"cannot be used with compute_loss_func.*register_loss"):
@@ -375,15 +369,46 @@ def test_a_loss_function_is_refused_before_the_model_is_loaded(tmp_path):
         CVLossSFTTrainer("no such model", SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 
 
-def test_sfttrainer_refuses_the_config(make_model, tokenizer, data, tmp_path):
-    """Otherwise it would train with its own loss."""
+LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False, "rms_norm": False, "swiglu": False}}
+
+
+@pytest.mark.parametrize("liger", [{}, {**LIGER, "liger_kernel_config": {"fused_linear_cross_entropy": False}}])
+@pytest.mark.parametrize("trainer", [SFTTrainer, Trainer])
+def test_no_other_trainer_takes_the_config(trainer, liger, make_model, tokenizer, data, tmp_path):
+    """It would train with its own loss, or with that of the model."""
     more = {"report_to": "none", "max_steps": 1, "save_strategy": "no"}
-    args = CVLossSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, cv_loss=MIX, **more)
+    args = CVLossSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, cv_loss=MIX, **more, **liger)
     train = Dataset.from_list(data["completion"]["train"])
-    with pytest.raises(ValueError, match="Invalid `loss_type` cv_loss, which only CVLossSFTTrainer knows"):
-        SFTTrainer(make_model(), args, train_dataset=train, processing_class=tokenizer)
-    trainer = CVLossSFTTrainer(make_model(), args, train_dataset=train, processing_class=tokenizer)
-    assert math.isfinite(trainer.train().training_loss)
+    message = f"cv_loss: only CVLossSFTTrainer trains with it, and this is a {trainer.__name__}"
+    with pytest.raises(ValueError, match=message):
+        trainer(make_model(), args, train_dataset=train, processing_class=tokenizer)
+    args = CVLossSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **more)
+    trainer(make_model(), args, train_dataset=train, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("of_cross_entropy", [{}, {"cross_entropy": True, "fused_linear_cross_entropy": False}])
+def test_liger_s_cross_entropy_is_switched_off(of_cross_entropy, make_trainer, caplog, monkeypatch):
+    """Its other kernels may stay; none of them runs on a CPU. Its cross-entropy would run, and fail there."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    kernels = {**LIGER["liger_kernel_config"], **of_cross_entropy}
+    trainer = make_trainer(MIX, use_liger_kernel=True, liger_kernel_config=kernels)
+    off = "cross_entropy" if of_cross_entropy else "fused_linear_cross_entropy"
+    assert [record.message for record in caplog.records if "Liger" in record.message] == [
+        "cv_loss computes its loss itself, without keeping logits where the losses allow it, so Liger's "
+        f"{off} is switched off"
+    ]
+    assert trainer.args.liger_kernel_config == {**kernels, off: False}
+    training, evaluation = histories(trainer)
+    plain, plain_evaluation = histories(make_trainer(MIX))
+    compare(training, plain, {"loss", "cv_loss/lovasz", "entropy"})
+    compare([evaluation], [plain_evaluation], {"eval_loss", "eval_cv_loss/nll"})
+
+
+def test_liger_s_cross_entropy_is_switched_off_by_attach(make_model, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", use_liger_kernel=True)
+    trainer = Trainer(install(make_model(), Objective.from_config(MIX)), args)
+    attach(trainer)
+    assert trainer.args.liger_kernel_config == {"fused_linear_cross_entropy": False}
 
 
 # Commands and examples
