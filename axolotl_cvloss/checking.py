@@ -78,6 +78,7 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
         _axolotl(data, report)
     elif report.host == "trl":
         report.errors += trl_keys.conflicts(data.get)
+        report.notes += trl_keys.savers(data.get).values()
     if report.config is not None:
         report.warnings += traps(report.config)
     return report

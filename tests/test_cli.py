@@ -291,6 +291,14 @@ def test_check_finds_options_of_trl_that_conflict(option, message, checked):
     assert not checked({**option, "cv_loss": MIX}, "--host", "axolotl")["errors"][1:]
 
 
+def test_check_notes_what_is_switched_off_under_trl(checked):
+    report = checked({**TRL, "cv_loss": MIX, "use_liger_kernel": True})
+    assert (report["errors"], report["warnings"]) == ([], [])
+    assert report["notes"][0].endswith("Liger's fused_linear_cross_entropy is switched off")
+    kernels = {"fused_linear_cross_entropy": False}
+    assert not checked({**TRL, "cv_loss": MIX, "use_liger_kernel": True, "liger_kernel_config": kernels})["notes"]
+
+
 def test_the_host_may_be_named(checked):
     assert checked({"cv_loss": MIX})["host"] is None
     assert checked({"cv_loss": MIX}, "--host", "trl")["host"] == "trl"
