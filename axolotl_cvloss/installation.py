@@ -52,7 +52,8 @@ class Installation:
     """An objective in a model.
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
-    terms whose rows are not the ones that ``num_items_in_batch`` counts; ``evaluation`` is what a trainer says of a
+    terms whose rows are not the ones that ``num_items_in_batch`` counts; ``counted`` is whether the last forward was
+    given that; ``evaluation`` is what a trainer says of a
     batch that it evaluates on. Without one the outputs have logits where the model is in evaluation mode, and in
     training only where the objective needs them.
     """
@@ -63,6 +64,7 @@ class Installation:
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[Selector, Tensor] = {}
         self.progress = 0.0  # how much of training is done, for what follows a schedule
+        self.counted = False
         self.evaluation: Evaluation | None = None
         self._weights = objective.config.example_weights
         if objective.config.needs_logits and objective.config.head != "logits":
@@ -172,10 +174,13 @@ class Installation:
             result = torch.compiler.disable(self.objective.from_logits)(outputs.logits, **given)
         else:
             outputs, result = both
-        loss = result.loss.to(given["labels"].device)  # of a model on several devices, the head's is not Trainer's
+        self.counted = counts is not None
+        # Of a model on several devices, the head's is not Trainer's; and Trainer scales the loss in place.
+        loss = result.loss.to(given["labels"].device, copy=True)
         # As the rest of the loss, what is added is a mean over the step, of which this micro-batch is a part.
         share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, float(num_items_in_batch))
-        loss = loss + share * self._auxiliary(outputs, loss.device)
+        if isinstance(added := share * self._auxiliary(outputs, loss.device), Tensor):
+            loss, result = loss + added, replace(result, aux_loss=added.detach())
         for listener in self.listeners:
             listener(result)
         outputs = type(outputs)(**{**outputs, "loss": loss})

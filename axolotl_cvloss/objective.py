@@ -36,6 +36,7 @@ class ObjectiveResult:
     sets: for each set-level term, the number of sets, and of classes present in them.
     diagnostics: means over the trained rows of ``entropy`` (in nats) and ``accuracy`` (the likeliest token is the
         label), where ``objective.diagnose`` asks for them.
+    aux_loss: what an installed model adds of its own (load balancing of experts), as it is added, detached.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class ObjectiveResult:
     counts: dict[str, int] = field(default_factory=dict)
     sets: dict[str, SetCounts] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    aux_loss: Tensor | None = None
 
 
 class BatchInputs(TypedDict, total=False):

@@ -24,28 +24,78 @@ from .trl_keys import parallel, savers
 
 logger = logging.get_logger(__name__)
 
+FEW = 16  # micro-batches whose values are fetched from the accelerator at once
+ROUNDING = torch.finfo(torch.bfloat16).eps  # of a trainer's arithmetic with its loss
+
+
+class Sums:
+    """What is logged of any number of micro-batches of one process: sums, so that none of them is kept.
+
+    A column is a value that is logged. It has four sums: of the value, of rows, of sets and of classes. Values come
+    from the accelerator, which would have to be waited for each time; so those of a few micro-batches are fetched at
+    once.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
+        self._sums = torch.zeros(4, columns, dtype=torch.float64)
+        self._steps, self._step = 0, -1
+
+    def add(self, step: int, values: Tensor, counts: Tensor) -> None:
+        """The values of the first columns, on the accelerator, and the (3, columns) counts."""
+        self._waiting.append((step, values, counts))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def fold(self) -> tuple[int, list[int]] | None:
+        """Fetch what waits. The step and the columns of the first values that are not finite, if any."""
+        waiting, self._waiting, wrong = self._waiting, [], None
+        for step, values, counts in waiting:
+            values = values.cpu().double()  # in this order: not every accelerator has float64
+            self._sums[0, : len(values)] += values
+            self._sums[1:] += counts
+            self._steps, self._step = self._steps + (step != self._step), step
+            if wrong is None and not values.isfinite().all():
+                wrong = step, (~values.isfinite()).nonzero().flatten().tolist()
+        return wrong
+
+    def taken(self) -> Tensor:
+        """All sums and the number of steps, (4 * columns + 1,). They begin anew."""
+        found = torch.cat([self._sums.flatten(), torch.tensor([float(self._steps)], dtype=torch.float64)])
+        self.__init__(self._sums.shape[1])  # type: ignore[misc]
+        return found
+
 
 class ObjectiveTrainer(Trainer):
     """What a Trainer needs beside an installed objective. ``attach`` puts it right above Trainer in the bases."""
 
     cv_loss: Installation
-    _cv_records: dict[bool, list[tuple[int, ObjectiveResult]]]
+    _cv_sums: dict[bool, Sums]
+    _cv_last: ObjectiveResult  # of the last micro-batch
+    _cv_expected: Tensor | float  # the gradient that must come back for its loss
+    _cv_gradient: Tensor | None  # that which came
+    _cv_used: bool  # a gradient came for some micro-batch
+    _cv_asked: bool  # the model was asked for its loss in this training_step
+    _cv_compared: bool
     _cv_reported: bool
-    _cv_used: bool
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.
 
         In an evaluation each batch has a mean of its own: its last batches may be filled with rows that count already.
         """
-        if self.cv_loss.evaluation or not batch_samples or "labels" not in batch_samples[0]:
+        if self.cv_loss.evaluation:
             return None
         objective = self.cv_loss.objective
         totals = torch.zeros(len(objective.selectors), dtype=torch.long, device=device)
         for batch in batch_samples:
-            shifted = batch.get("shift_labels")
+            labels, shifted = batch.get("labels"), batch.get("shift_labels")
+            if labels is None and shifted is None:
+                continue  # not the end of it: what follows is done by all processes together
             rows = objective.select_rows(
-                batch["labels"] if shifted is None else shifted,
+                labels if shifted is None else shifted,
                 shift=shifted is None,
                 **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
             )
@@ -56,41 +106,82 @@ class ObjectiveTrainer(Trainer):
         return self.cv_loss.counts[COMPLETION]
 
     def _cv_record(self, result: ObjectiveResult) -> None:
-        self._cv_used = self._cv_used or self.cv_loss.model.training
-        result = replace(result, loss=result.loss.detach())
-        self._cv_records[self.cv_loss.model.training].append((self.state.global_step, result))
+        training, terms = self.cv_loss.model.training, self.cv_loss.objective.terms
+        rows = [*(result.counts[term.name] for term in terms), result.n_tokens]
+        values = [*(result.terms[term.name] for term in terms), result.nll]
+        weights: list[Any] = list(rows)
+        if training:
+            # Of the mean over the rows of a step, this is what the rows of this micro-batch make.
+            selectors = [*(term.rows for term in terms), COMPLETION]
+            counts = [self.cv_loss.counts.get(which, max(1, n)) for which, n in zip(selectors, rows, strict=True)]
+            weights = [
+                n / torch.as_tensor(count, device=result.nll.device) for n, count in zip(rows, counts, strict=True)
+            ]
+            # Gradients are averaged over processes. Without a count the result is the micro-batch's own mean.
+            part = 1.0 if self.cv_loss.counted else weights[-1]
+            self._cv_expected, self._cv_gradient = part * self.accelerator.num_processes, None
+            self._cv_asked = result.loss.requires_grad
+            if result.loss.requires_grad:
+                result.loss.register_hook(self._cv_take_gradient)
+            else:  # inside a checkpoint, which computes it again for the backward pass
+                self._cv_used = True
+        if result.aux_loss is not None:
+            rows, values = [*rows, result.n_tokens], [*values, result.aux_loss.to(result.nll.device)]
+            weights = [*weights, 1.0 if training else result.n_tokens]  # it is a part of the mean already
+        sets = [result.sets.get(term.name, SetCounts(0, 0)) for term in terms]
+        numbers = torch.zeros(3, len(terms) + 2, dtype=torch.float64)
+        numbers[0, : len(rows)] = torch.tensor(rows)
+        numbers[1:, : len(sets)] = torch.tensor([[s.sets for s in sets], [s.classes for s in sets]])
+        sums = self._cv_sums[training]
+        weighted = torch.stack([value.detach() * weight for value, weight in zip(values, weights, strict=True)])
+        sums.add(self.state.global_step, weighted, numbers)
+        if sums.waiting == FEW:
+            self._cv_fold(training)
+        self._cv_last = replace(result, loss=result.loss.detach())
+
+    def _cv_take_gradient(self, gradient: Tensor) -> None:
+        self._cv_gradient, self._cv_used = gradient.detach(), True
+
+    def _cv_fold(self, training: bool) -> None:
+        """Report the first value that is not finite, at most a few micro-batches after it was there."""
+        wrong = self._cv_sums[training].fold()
+        if wrong and not self._cv_reported:
+            self._cv_reported = True
+            step, columns = wrong
+            names = [*(term.name for term in self.cv_loss.objective.terms), "nll", "aux_loss"]
+            when = f"in step {step + 1}" if training else f"in the evaluation after step {step}"
+            logger.error(
+                f"cv_loss: {', '.join(names[i] for i in columns)} became NaN or infinite {when} on rank "
+                f"{self.args.process_index}. The logits there hold NaN or infinite values; a lower learning rate or "
+                "max_grad_norm helps where training diverged."
+            )
 
     def _cv_flush(self, training: bool) -> dict[str, float]:
         """What is logged of the batches since the last call, on all ranks, by name.
 
         ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
         ``loss`` is; so in training ``loss`` is the weighted sum of the terms (``eval_loss`` is a mean over examples of
-        the means of their batches). ``cv_loss/TERM/tokens`` is the number of rows of a step, ``.../sets`` that of sets,
-        ``.../classes`` that of classes present in a set. An evaluation is one step, and nothing is logged of one
-        without a trained row on any rank.
+        the means of their batches). ``cv_loss/aux_loss`` is what a model adds of its own, as it is in ``loss``.
+        ``cv_loss/TERM/tokens`` is the number of rows of a step, ``.../sets`` that of sets, ``.../classes`` that of
+        classes present in a set. An evaluation is one step, and nothing is logged of one without a trained row on any
+        rank.
         """
-        records, self._cv_records[training] = self._cv_records[training], []
-        terms = [term.name for term in self.cv_loss.objective.terms]
-        names = [*terms, "nll"]
-        steps = sorted({step for step, _ in records}) if training else [self.state.global_step]
-        # For each step: the sums of values over rows, and the numbers of rows, sets and classes.
-        sums = torch.zeros(len(steps), 4, len(names), dtype=torch.float64)
-        for step, result in records:
-            values = torch.stack([*(result.terms[name] for name in terms), result.nll])
-            values = values.detach().cpu().double()  # in this order: Apple's GPUs have no float64
-            self._cv_check(step, training, names, values)
-            rows = torch.tensor([*(result.counts[name] for name in terms), result.n_tokens])
-            sets = [result.sets.get(name, SetCounts(0, 0)) for name in names]
-            counts = torch.tensor([[s.sets for s in sets], [s.classes for s in sets]])
-            sums[steps.index(step)] += torch.cat([torch.stack([values * rows, rows]), counts])
+        self._cv_fold(training)
+        terms = self.cv_loss.objective.terms
+        # Of one shape on all ranks, whatever they have seen.
+        every = self._cv_sums[training].taken()[None]
         if self.args.world_size > 1:
-            sums = self.accelerator.gather(sums.to(self.args.device, torch.float32)[None]).sum(0).cpu()
-        if not training and not sums[:, 1].any():
+            every = self.accelerator.gather(every.to(self.args.device, torch.float32)).double().cpu()
+        steps, sums = int(every[:, -1].max()) if training else 1, every[:, :-1].sum(0).view(4, len(terms) + 2)
+        if not steps or (not training and not sums[1].any()):
             return {}
-        means = (sums[:, 0] / sums[:, 1].clamp_min(1)).mean(0).tolist()
-        _, rows, sets, classes = sums.mean(0).tolist()
-        logs = {f"cv_loss/{name}": mean for name, mean in zip(names, means, strict=True)}
-        for number, term in enumerate(self.cv_loss.objective.terms):
+        means = (sums[0] / (steps if training else sums[1].clamp_min(1))).tolist()
+        rows, sets, classes = (sums[1:] / steps).tolist()
+        logs = {f"cv_loss/{term.name}": mean for term, mean in zip(terms, means, strict=False)}
+        logs["cv_loss/nll"] = means[-2]
+        if rows[-1]:
+            logs["cv_loss/aux_loss"] = means[-1]
+        for number, term in enumerate(terms):
             logs[f"cv_loss/{term.name}/tokens"] = rows[number]
             if sets[number]:
                 logs[f"cv_loss/{term.name}/sets"] = sets[number]
@@ -100,29 +191,45 @@ class ObjectiveTrainer(Trainer):
                 logs[f"cv_loss/{term.name}/{name}"] = now.weight if name == "weight" else now.parameters[name]
         return logs
 
-    def _cv_check(self, step: int, training: bool, names: list[str], values: Tensor) -> None:
-        wrong = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
-        if wrong and not self._cv_reported:
-            self._cv_reported = True
-            when = f"in step {step + 1}" if training else f"in the evaluation after step {step}"
-            logger.error(
-                f"cv_loss: {', '.join(wrong)} became NaN or infinite {when} on rank {self.args.process_index}. The "
-                "logits there hold NaN or infinite values; a lower learning rate or max_grad_norm helps where "
-                "training diverged."
-            )
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
+        self._cv_asked = False
         loss = super().training_step(*args, **kwargs)
-        self._cv_demand_use()
+        self._cv_compare(loss)
         return loss
 
-    def _cv_demand_use(self) -> None:
-        if not self._cv_used:
+    def _cv_compare(self, loss: Tensor | None = None) -> None:
+        """Stop where the last micro-batch did not train with the objective, once and in full.
+
+        What autograd has handed back for the objective tells, whatever a trainer does between the model and that. It
+        may add something, as some adapters of peft do in the model; that is said.
+        """
+        if not self._cv_used or (self._cv_asked and self._cv_gradient is None):
             raise RuntimeError(
-                f"cv_loss: {type(self).__name__} computes a loss of its own and never asks the model for one, so the "
-                "objective would not be trained with; use another trainer, or remove cv_loss"
+                f"cv_loss: {type(self).__name__} computes a loss of its own, so the objective would not be trained "
+                "with; use another trainer, or remove cv_loss"
             )
+        waits = self._cv_compared and self._cv_sums[True].waiting  # to ask the accelerator each time would slow it down
+        if loss is None or self._cv_gradient is None or waits:
+            return
+        scaler = self.accelerator.scaler
+        times = float(self._cv_gradient) / (1.0 if scaler is None else scaler.get_scale())
+        expected = float(self._cv_expected)
+        # DeepSpeed scales the loss by itself.
+        if abs(times - expected) > ROUNDING * expected and not self.is_deepspeed_enabled:
+            raise RuntimeError(
+                f"cv_loss: {type(self).__name__} trains with {times:g} times the objective where {expected:g} times "
+                "would be right, so with another loss. Its compute_loss must pass num_items_in_batch on to the model "
+                "and return the model's loss times the number of processes; or use another trainer"
+            )
+        last = self._cv_last
+        rest = float(loss) - times * (float(last.loss) + (0.0 if last.aux_loss is None else float(last.aux_loss)))
+        if not self._cv_compared and abs(rest) > ROUNDING * abs(float(loss)):
+            logger.warning(
+                f"cv_loss: {type(self).__name__} or an adapter adds {rest:g} to the objective; that is in loss, but in "
+                "no entry cv_loss/"
+            )
+        self._cv_compared = True
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         self.cv_loss.evaluation = Evaluation(not prediction_loss_only, self._cv_own_rows(inputs))
@@ -150,16 +257,16 @@ class ObjectiveTrainer(Trainer):
         return max(0, state.remainder - self.args.process_index * len(labels))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._cv_records[False].clear()
+        self._cv_sums[False].taken()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{k}": v for k, v in self._cv_flush(training=False).items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._cv_fold(training=True)  # of the last batches too, where steps are not logged
         if "loss" in logs:
-            self._cv_demand_use()  # here too, for a trainer with a training_step of its own
-        if "loss" in logs and self._cv_records[True]:
+            self._cv_compare()  # here too, for a trainer with a training_step of its own
             logs.update(self._cv_flush(training=True))
         # Perplexity is exp of the NLL, not of the objective.
         for key in [key for key in logs if key == "ppl" or key.endswith("_ppl")]:
@@ -240,9 +347,12 @@ def attach(trainer: Trainer) -> None:
     trainer.__class__ = type(cls.__name__, bases, {"__module__": cls.__module__})
     assert isinstance(trainer, ObjectiveTrainer)
     trainer.cv_loss = installed
-    trainer._cv_records = {True: [], False: []}
-    trainer._cv_reported = trainer._cv_used = False
+    columns = len(installed.objective.terms) + 2  # the NLL, and what the model adds
+    trainer._cv_sums = {training: Sums(columns) for training in (True, False)}
+    trainer._cv_gradient = None
+    trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_reported = False
     installed.listeners = [_recorder(trainer)]
-    # Without these two the gradient depends on how tokens fall into micro-batches and ranks.
+    # Without these the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True
+    trainer.loss_is_scaled_for_ga = None  # newer Trainers: whatever its class says, the count decides
     trainer.args.average_tokens_across_devices = True

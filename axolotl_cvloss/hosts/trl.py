@@ -118,7 +118,7 @@ class CVLossSFTTrainer(SFTTrainer):
     def _record_metrics(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Entropy, token accuracy, tokens and auxiliary loss of a micro-batch on all ranks, as SFTTrainer has them."""
         training = self.model.training
-        _, result = self._cv_records[training][-1]
+        result = self._cv_last
         trained, means = result.n_tokens, result.diagnostics
         mask = inputs.get("attention_mask")
         seen = inputs["input_ids"].numel() if mask is None else mask.sum()  # without a mask there is no padding

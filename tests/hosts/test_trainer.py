@@ -2,14 +2,15 @@
 
 import gc
 import math
+import re
 import weakref
 
 import pytest
 import torch
 from sampling import pairwise
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from axolotl_cvloss import Objective, install
+from axolotl_cvloss import Objective, ObjectiveResult, install
 from axolotl_cvloss.hosts.transformers import attach
 
 SEQUENCE_MIX = {
@@ -67,8 +68,8 @@ class Gradients(TrainerCallback):
 def make_trainer(make_model, tmp_path):
     """A Trainer in float64 with an objective."""
 
-    def make(config, data, trainer_class=Trainer, callbacks=(), evaluated=None, attached=True, **arguments):
-        model = make_model().double()
+    def make(config, data, trainer_class=Trainer, callbacks=(), evaluated=None, attached=True, model=None, **arguments):
+        model = model or make_model().double()
         if attached:
             install(model, Objective.from_config(config))
         trainer = trainer_class(
@@ -147,17 +148,12 @@ def test_accumulation_is_one_big_batch(config, cut, untrained, make_trainer, mak
     assert entry["loss"] == pytest.approx(float(loss), abs=FLOAT32)
 
 
-def test_without_the_count_the_gradient_would_differ(make_trainer, make_model):
-    """What the test above guards against: the data tell micro-batches apart."""
-    data = rows(8)
-    gradients = Gradients()
-    trainer = make_trainer(
-        "focal", data, callbacks=[gradients], gradient_accumulation_steps=8, per_device_train_batch_size=1
-    )
+def test_without_the_count_it_stops(make_trainer):
+    """The gradient would be the mean of means of micro-batches, which have other numbers of tokens."""
+    trainer = make_trainer("focal", rows(8), gradient_accumulation_steps=8, per_device_train_batch_size=1)
     trainer.model_accepts_loss_kwargs = False
-    trainer.train()
-    _, expected = gradient_of_one_big_batch(make_model().double(), "focal", data)
-    assert not torch.allclose(gradients.seen[0]["lm_head.weight"], expected["lm_head.weight"], rtol=1e-3)
+    with pytest.raises(RuntimeError, match=r"0\.125 times the objective where 0\.\d+ times would be right"):
+        trainer.train()
 
 
 # The log
@@ -277,6 +273,39 @@ def test_nan_is_reported_once_and_stays_visible(filtered, value, make_trainer, c
     assert all(math.isnan(value) for value in others)
 
 
+def test_without_logging_nothing_is_kept_and_nan_is_reported(make_trainer, caplog):
+    kept = []
+
+    class Watched(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            kept.append(sum(isinstance(thing, ObjectiveResult) for thing in gc.get_objects()))
+            return loss
+
+    options = {"max_steps": 40, "logging_strategy": "no", "per_device_train_batch_size": 1}
+    trainer = make_trainer("focal", rows(8), trainer_class=Watched, callbacks=[Break(38)], **options)
+    trainer.train()
+    assert kept[-1] <= kept[2]
+    (message,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert "focal, nll became NaN or infinite in step 38 on rank 0" in message
+
+
+def test_the_auxiliary_loss_of_experts_is_an_entry(make_trainer):
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    set_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**shape, **heads, output_router_logits=True, router_aux_loss_coef=0.5))
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    evaluating = {"evaluated": rows(3), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer({"cross_entropy": 0.6, "dice": 0.4}, rows(8), model=model, **options, **evaluating)
+    trainer.train()
+    for key, prefix in ("loss", ""), ("eval_loss", "eval_"):
+        for entry in history(trainer, key):
+            mix = 0.6 * entry[f"{prefix}cv_loss/cross_entropy"] + 0.4 * entry[f"{prefix}cv_loss/dice"]
+            assert entry[f"{prefix}cv_loss/aux_loss"] > 0.5
+            assert entry[key] == pytest.approx(mix + entry[f"{prefix}cv_loss/aux_loss"], abs=FLOAT32)
+
+
 def test_nan_in_an_evaluation(make_trainer, caplog):
     trainer = make_trainer("focal", rows(8))
     trainer.train()
@@ -302,11 +331,100 @@ class StepOfItsOwn(LossOfItsOwn):
         return loss.detach()
 
 
-@pytest.mark.parametrize("trainer_class", [LossOfItsOwn, StepOfItsOwn])
+class LossBesideTheModels(Trainer):
+    """Asks the model for its loss, and trains with another."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].mT, inputs["labels"][:, 1:])
+        return (loss, outputs) if return_outputs else loss
+
+
+class StepBesideTheModels(LossBesideTheModels):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        return loss.detach()
+
+
+OWN = [LossOfItsOwn, StepOfItsOwn, LossBesideTheModels, StepBesideTheModels]
+
+
+@pytest.mark.parametrize("trainer_class", OWN)
 def test_a_trainer_with_a_loss_of_its_own_is_stopped(trainer_class, make_trainer):
-    trainer = make_trainer("lovasz", rows(8), trainer_class=trainer_class)
+    trainer = make_trainer({"lovasz": 1.0, "head": "logits"}, rows(8), trainer_class=trainer_class)
     with pytest.raises(RuntimeError, match=f"{trainer_class.__name__} computes a loss of its own"):
         trainer.train()
+
+
+class Changes(Trainer):
+    """Does something to the loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = self.change(loss, model)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Half(Changes):
+    def change(self, loss, model):
+        return 0.5 * loss
+
+
+class HalfLater(Half):
+    def change(self, loss, model):
+        return loss if self.state.global_step < 3 else super().change(loss, model)
+
+
+class Adds(Changes):
+    def change(self, loss, model):
+        return loss + 1e-1 * model.lm_head.weight.square().sum()
+
+
+class NoCount(Trainer):
+    """As in many examples."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_part_of_the_objective_is_not_the_objective(make_trainer):
+    with pytest.raises(RuntimeError, match=r"Half trains with 0\.5 times the objective where 1 times would be right"):
+        make_trainer("lovasz", rows(8), trainer_class=Half).train()
+    later = make_trainer("lovasz", rows(8), trainer_class=HalfLater, max_steps=40, logging_strategy="no")
+    with pytest.raises(RuntimeError, match="HalfLater trains with 0"):
+        later.train()
+
+
+def test_without_passing_the_count_on_one_micro_batch_makes_a_step(make_trainer):
+    make_trainer("lovasz", rows(8), trainer_class=NoCount).train()
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make_trainer("lovasz", rows(8), trainer_class=NoCount, **options)
+    with pytest.raises(RuntimeError, match="must pass num_items_in_batch on to the model"):
+        trainer.train()
+
+
+def test_what_a_trainer_adds_is_told(make_trainer, caplog):
+    trainer = make_trainer("lovasz", rows(8), trainer_class=Adds, max_steps=2)
+    trainer.train()
+    first, _ = history(trainer)
+    (added,) = re.findall(r"Adds or an adapter adds (\S+) to the objective", caplog.text)
+    assert float(added) == pytest.approx(first["loss"] - first["cv_loss/lovasz"], rel=1e-5)
+
+
+class DividesAgain(Trainer):
+    """To Trainers from 5.24 on: training_step is to divide by the accumulation steps."""
+
+    loss_is_scaled_for_ga = False
+
+
+def test_the_count_decides_about_accumulation(make_trainer, make_model):
+    gradients = Gradients()
+    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+    make_trainer("focal", rows(8), trainer_class=DividesAgain, callbacks=[gradients], **options).train()
+    _, expected = gradient_of_one_big_batch(make_model().double(), "focal", rows(8))
+    torch.testing.assert_close(gradients.seen[0]["lm_head.weight"], expected["lm_head.weight"], rtol=1e-9, atol=1e-12)
 
 
 def test_refused_at_once(make_trainer):
