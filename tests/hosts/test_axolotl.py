@@ -20,7 +20,7 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
-from axolotl_cvloss.hosts.axolotl_guard import checked, watch
+from axolotl_cvloss.hosts.axolotl_guard import Watch, checked, watch
 
 OURS = "axolotl_cvloss.CVLossPlugin"
 
@@ -241,9 +241,9 @@ def test_guard_looks_once(monkeypatch):
     before = len(sys.meta_path)
     watch()
     watch()
-    assert len(sys.meta_path) == before + 1
+    assert len(sys.meta_path) <= before + 1  # torch has called it in this process already
     assert find_spec("json") is not None
-    assert len(sys.meta_path) == before + 1
+    assert sum(isinstance(finder, Watch) for finder in sys.meta_path) == 1
 
 
 @pytest.mark.hosts
