@@ -203,7 +203,8 @@ def f1(examples: Sequence[Example]) -> dict[str, float]:
 def score_file(path: str | Path, name: str) -> dict[str, float]:
     """Metrics of a JSONL file whose lines have the fields prediction and reference."""
     pairs = []
-    for place, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: a text may have other ends of lines in it, such as U+2028, which JSON leaves as they are.
+    for place, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), start=1):
         try:
             record = json.loads(line)
             pair = record["prediction"], record["reference"]

@@ -82,7 +82,7 @@ def test_a_scorer_of_your_own(tmp_path, monkeypatch):
 
 def test_of_a_file(tmp_path):
     file = tmp_path / "predictions.jsonl"
-    file.write_text('{"prediction": "7", "reference": "7"}\n{"prediction": "8", "reference": "7"}\n')
+    file.write_text('{"prediction": "7", "reference": "7"}\n{"prediction": "8\u2028", "reference": "7"}\n')
     found = json.loads(CliRunner().invoke(cli, ["score", str(file), "--score", "number", "--json"]).output)
     assert found == {"number": {"examples": 2, "exact_match": 0.5}}
     file.write_text('{"prediction": "7", "reference": "7"}\n{"prediction": "8"}\n')

@@ -89,7 +89,7 @@ def paper(text: str) -> str:
     sys.path.append(str(PAPER))
     import summary
 
-    found = summary.markdown(summary.read(PAPER / "results" / "runs.jsonl"), formulas=False)
+    found = summary.markdown(summary.read_lines(PAPER / "results" / "runs.jsonl"), formulas=False)
     return f"{before}{PAPER_START}\n{found}{PAPER_END}{after}"
 
 

@@ -69,7 +69,8 @@ def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: a text may have other ends of lines in it, such as U+2028, which JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def split(row: Row) -> tuple[list[int], list[int]]:

@@ -1,17 +1,23 @@
-"""The JSON lines of the runs, and the table and the figure made of them. Needs no torch."""
+"""The table and the figure of the committed lines, which the runner before `cvloss compare` wrote. Needs no torch.
+
+python benchmarks/paper/summary.py
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from plans import CROSS_ENTROPY, LOSSES, PAPER, finite
+from axolotl_cvloss.compare.running import read_lines
+from axolotl_cvloss.compare.statistics import mean_and_error, paired
 
+CROSS_ENTROPY = "cross_entropy"
+PAPER = ("focal", "generalized_dice", "self_adjusting_dice", "lovasz")  # the four that the paper compares with it
+LOSSES = (CROSS_ENTROPY, *PAPER, "dice", "tversky", "dft", "generalized_dice:reference")
+RESULTS = Path(__file__).resolve().parent / "results"
 Line = dict[str, Any]
 # What two lines must share to be compared.
 SETTING = (
@@ -41,52 +47,6 @@ FORMULAS = (
     "extra_steps",
     "repetitions",
 )
-
-
-# The file
-
-
-def key_of(line: Line) -> tuple[Any, ...]:
-    return (line["stage"], line["run"], *(line[name] for name in SETTING))
-
-
-def read(path: Path) -> list[Line]:
-    """All lines but one that a kill has torn off at the end."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def append(path: Path, line: Line) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and not path.read_text(encoding="utf-8").endswith("\n") and path.stat().st_size
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# Figures
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, which one value does not have."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def paired_p(differences: Sequence[float]) -> float | None:
-    """Of a two-sided paired t-test over the seeds."""
-    if len(differences) < 2:
-        return None
-    if stdev(differences) < 1e-9:  # rounding: one difference for every seed, and the test's statistic is infinite
-        return None if abs(fmean(differences)) > 1e-9 else 1.0
-    from scipy.stats import ttest_1samp  # comes with Axolotl
-
-    return float(ttest_1samp(differences, 0.0).pvalue)
 
 
 class Setting:
@@ -145,6 +105,11 @@ class Setting:
         return after / before - 1 if before else None
 
 
+def finite(nll: float) -> float:
+    """NaN, of a training that diverged, as infinity, which is worse than any other."""
+    return math.inf if math.isnan(nll) else nll
+
+
 def settings(lines: Iterable[Line]) -> list[Setting]:
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
@@ -178,7 +143,7 @@ def _main_rows(setting: Setting) -> list[list[str]]:
         valid = mean_and_error(setting.values(loss, lambda line: line["validation"]["exact_match"]))
         nll, nll_error = mean_and_error(setting.values(loss, lambda line: line["nll"]))
         differences = setting.differences(loss) if loss != CROSS_ENTROPY else []
-        p = paired_p(differences)
+        p = paired(differences).p if differences else None
         rows.append(
             [
                 loss,
@@ -312,10 +277,14 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 def summarize(folder: Path) -> str:
     """Write table.md and exact_match.png beside runs.jsonl; the text of the table."""
-    lines = read(folder / "runs.jsonl")
+    lines = read_lines(folder / "runs.jsonl")
     text = markdown(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text, encoding="utf-8")
     if settings(lines):
         plot(lines, folder / "exact_match.png")
     return text
+
+
+if __name__ == "__main__":
+    print(summarize(RESULTS))

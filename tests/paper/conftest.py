@@ -1,13 +1,11 @@
-"""The modules of the experiment are found by name, as its command finds them; and the model and data of --smoke."""
+"""The modules of the experiment are found by name, as its commands find them."""
 
-import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 from experiment import FOLDER
 
-MODULES = ("answers", "plans", "run", "seeding", "summary", "tasks", "tiny", "training")
+MODULES = ("prepare", "summary")
 
 
 @pytest.fixture(autouse=True)
@@ -19,21 +17,16 @@ def _path(monkeypatch):
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """The model and the data of --smoke."""
-    import tiny
-    from answers import load_model, load_tokenizer
-    from transformers import AutoConfig
+def untrained(tmp_path):
+    """The untrained model of the demo and its tokenizer."""
+    sys.path.insert(0, str(FOLDER.parents[1] / "demo"))
+    from model import build_model, build_tokenizer
+    from problems import make_problems
 
-    model, data = tiny.make(tmp_path)
-    for name in "model", "problems":  # of the demo
+    sys.path.pop(0)
+    for name in "model", "problems":
         sys.modules.pop(name, None)
-    tokenizer = load_tokenizer(str(model), AutoConfig.from_pretrained(model))
-    return SimpleNamespace(model=load_model(str(model), None, "cpu"), tokenizer=tokenizer, folder=model, data=data)
-
-
-@pytest.fixture
-def pairs(tiny):
-    import tasks
-
-    return [tasks.task("gsm8k").example(json.loads(line)) for line in (tiny.data / "gsm8k_test.jsonl").open()][:6]
+    tokenizer = build_tokenizer(make_problems(50, held_out=False))
+    tokenizer.save_pretrained(tmp_path / "model")
+    build_model(tokenizer).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

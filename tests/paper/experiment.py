@@ -1,6 +1,5 @@
-"""Where the code of the experiment lies, rows as its datasets have them, and a plan of it."""
+"""Where the code of the experiment lies, and rows as its datasets have them."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -29,9 +28,3 @@ def write(folder, **files):
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def make_plan(**changes):
-    import plans
-
-    return dataclasses.replace(plans.PLANS["full"], **{"steps": 0, "batch": 2, **changes})
