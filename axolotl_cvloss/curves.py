@@ -37,7 +37,7 @@ def curve(loss: Loss, parameters: Mapping[str, Any]) -> Curve:
         )
     term = Term(loss.name, loss, parameters=dict(parameters))
     others = [name for name in loss.statistics if name != "logp" and term.needs(name)]
-    if "logp" not in loss.statistics or not set(others) <= {"lse", "mean_logit"}:
+    if "logp" not in loss.statistics or not set(others) <= {"lse", "mean_logit", "mean_logp"}:
         raise NotACurve(f"{loss.name} is not a function of p alone: it needs {', '.join(others)}")
     value, pull = _evaluate(term, GRID, seed=0)
     # What does not matter may be anything.

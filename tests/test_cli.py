@@ -396,7 +396,7 @@ def test_plot_refuses_what_is_not_a_function_of_p(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cross_entropy", "-p", "label_smoothing=0.1"], "is not a function of p alone: it needs lse, mean_logit too"),
+        (["cross_entropy", "-p", "label_smoothing=0.1"], "is not a function of p alone: it needs mean_logp too"),
         (["focl"], "did you mean focal?"),
         (["focal", "-p", "gama=1"], "-p gama: none of these losses has it; they have: alpha, gamma"),
         (["focal", "-p", "gamma=-1"], "cv_loss.focal.gamma: must be a finite number >= 0, not '-1'"),

@@ -60,7 +60,8 @@ def test_direct_coverage_is_smooth_where_its_forms_meet():
         value, gradient = evaluate({"direct_coverage": {"n": n}}, logits, torch.tensor([0]))
         p, wrong = math.exp(-x), -math.expm1(-x)
         missed = n * (math.log1p(-p) if p < 0.5 else math.log(wrong))
-        assert float(value) == pytest.approx(-math.log(-math.expm1(missed)), rel=1e-12, abs=1e-30)
+        wanted = -math.log1p(-math.exp(missed)) if missed < -0.5 else -math.log(-math.expm1(missed))
+        assert float(value) == pytest.approx(wanted, rel=1e-12, abs=1e-30)
         factor = n * wrong ** (n - 1) * p / -math.expm1(missed)  # what the gradient of -log p is multiplied by
         assert float(gradient[0, 1]) == pytest.approx(factor * wrong, rel=1e-9, abs=1e-30)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numerics import one_minus_exp
 from . import ranks
 from .sets import Sets, Window
 
@@ -38,7 +39,7 @@ def collect_entries(
         windows: One a chunk.
         p_at: Gives p of the rows of chunk number i at the columns of its window.
     """
-    own = -logp[sets.members].expm1()
+    own = one_minus_exp(logp[sets.members])
     limit = own.new_full((len(sets.labelled),), torch.inf).scatter_reduce(0, sets.row_pair, own, "amin")
     if sets.joint:
         limit = ranks.least_of(limit)
@@ -63,7 +64,7 @@ def collect_entries(
 
 def sorted_errors(sets: Sets, logp: Tensor, entries: Entries) -> dict[str, Tensor]:
     """All errors that matter, by pair and from large to small."""
-    own = -logp[sets.members].expm1()
+    own = one_minus_exp(logp[sets.members])
     errors = torch.cat([own, entries.values])
     segment = torch.cat([sets.row_pair, entries.pairs])
     foreground = torch.arange(len(errors), device=errors.device) < len(own)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..numerics import one_minus_exp
 from .sets import Window
 
 
@@ -36,27 +37,32 @@ class LogitGradient:
         columns: list[tuple[Window, Tensor]],
         dense: Tensor | None = None,
     ) -> "LogitGradient":
-        """From the cotangents a of log p, l of lse, m of the mean logit, and b of p at some columns:
+        """From the cotangents a of log p, l of lse, m of the mean logit, k of the mean log p, and b of p at columns:
 
-        dz = a (onehot - p) + l p + m / V + p (b - <b, p>); ``columns`` has p b for the columns of windows. p and
-        ``columns`` are overwritten.
+        dz = a (onehot - p) + l p + m / V + k (1 / V - p) + p (b - <b, p>); ``columns`` has p b for the columns of
+        windows. p and ``columns`` are overwritten.
         """
-        slope = cotangents["lse"] - cotangents["logp"]
-        own = cotangents["logp"]
+        # (pull + own column) (1 - p) + rest p at the target, pull + own column + rest elsewhere: no difference of
+        # large numbers, and 1 - p from log p.
+        pull, rest = cotangents["logp"], cotangents["lse"]
+        mean = cotangents.get("mean_logit")
+        if (mean_logp := cotangents.get("mean_logp")) is not None:
+            rest = rest - mean_logp
+            mean = mean_logp if mean is None else mean + mean_logp
         for window, weighted in columns:
-            slope = slope - weighted.sum(1)
             own_column = window.own_column[:, None]
-            own = own + weighted.gather(1, own_column).squeeze(1)
+            pull = pull + weighted.gather(1, own_column).squeeze(1)
             weighted.scatter_(1, own_column, 0)
+            rest = rest - weighted.sum(1)
         if p is not None:
             p.scatter_(1, labels[:, None], 0)
         return cls(
             p,
-            slope,
+            rest - pull,
             labels,
-            own + logp.exp() * slope,
+            pull * one_minus_exp(logp) + rest * logp.exp(),
             [(window.columns, weighted) for window, weighted in columns],
-            cotangents.get("mean_logit"),
+            mean,
             dense,
         )
 
@@ -147,11 +153,14 @@ def restored(product: Tensor, unit: Tensor | None) -> Tensor:
     return product if unit is None else product.to(unit.dtype).mul_(unit)
 
 
-def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """p in the place of the logits (n, V), and lse (n,)."""
+def softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p in the place of the logits (n, V), the largest logit of each row, and its log p, (n,) each.
+
+    log p of any logit z is (z - largest) + log p of the largest. It is not z - lse: far from 0, lse has few digits.
+    """
     largest, where = logits.max(1)
     p = torch.softmax(logits, 1, out=logits)
-    return p, largest - p.gather(1, where[:, None]).squeeze(1).log()
+    return p, largest, p.gather(1, where[:, None]).squeeze(1).log()
 
 
 def cotangents(total: Tensor | float, leaves: Iterable[Tensor]) -> list[Tensor]:

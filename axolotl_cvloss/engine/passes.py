@@ -112,12 +112,14 @@ class _Pass:
     ) -> None:
         self.source, self.batch, self.gradient = source, batch, gradient
         zeros = torch.zeros(len(batch), dtype=source.dtype, device=batch.rows.labels.device)
-        # The mean of the logits only where a term needs it: it reads all of them once more.
+        # A mean over the vocabulary only where a term needs it: it reads all logits once more.
         terms = [term for found in families.values() for term in found]
-        names = ["logp", "lse", *(["mean_logit"] if any(t.needs("mean_logit") for t in terms) else [])]
+        means = [name for name in ("mean_logit", "mean_logp") if any(t.needs(name) for t in terms)]
+        names = ["logp", "lse", *means]
         batch.statistics = {name: zeros.clone() for name in names}
         batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
         batch.gradient, batch.p_at = gradient, self.p_at
+        self.largest, self.top = zeros.clone(), zeros.clone()  # as softmax_ gives them
         self.diagnostics = {name: zeros.clone() for name in ("entropy", "accuracy") if diagnose}
         self.parts: list[Part] = [family.part(found, batch) for family, found in families.items()]
 
@@ -169,14 +171,21 @@ class _Pass:
         if "mean_logit" in statistics:
             statistics["mean_logit"][chunk.rows] = logits.mean(1)
         target = logits.gather(1, labels[:, None]).squeeze(1)
-        kept = logits.clone() if self.diagnostics else logits
-        p, lse = softmax_(logits)
+        kept = logits.clone() if self.diagnostics or "mean_logp" in statistics else logits
+        p, largest, top = softmax_(logits)
         if self.diagnostics:
-            # -sum p log p is lse - sum p z, which takes a quarter of the time.
-            self.diagnostics["entropy"][chunk.rows] = lse - torch.einsum("nv,nv->n", p, kept)
-            self.diagnostics["accuracy"][chunk.rows] = (kept.argmax(1) == labels).to(lse.dtype)
-        statistics["lse"][chunk.rows] = lse
-        statistics["logp"][chunk.rows] = target - lse
+            self.diagnostics["accuracy"][chunk.rows] = (kept.argmax(1) == labels).to(top.dtype)
+        if kept is not logits:
+            kept.sub_(largest[:, None])
+        if "mean_logp" in statistics:
+            statistics["mean_logp"][chunk.rows] = kept.mean(1) + top
+        if self.diagnostics:
+            # -sum p log p by log p of the largest and distances from it, which takes a quarter of the time.
+            kept.clamp_min_(torch.finfo(kept.dtype).min)
+            self.diagnostics["entropy"][chunk.rows] = -top - torch.einsum("nv,nv->n", p, kept)
+        self.largest[chunk.rows], self.top[chunk.rows] = largest, top
+        statistics["lse"][chunk.rows] = largest - top
+        statistics["logp"][chunk.rows] = target - largest + top
         return p
 
     def _visit_again(self, chunk: Chunk) -> Tensor:
@@ -189,7 +198,8 @@ class _Pass:
     def p_at(self, number: int, window: Window) -> Tensor:
         """p of the rows of a chunk at the columns of a window, without the logits of all."""
         rows = self.batch.chunks[number].rows
-        return self.source.columns(rows, window.columns).sub_(self.batch.statistics["lse"][rows, None]).exp_()
+        distance = self.source.columns(rows, window.columns).sub_(self.largest[rows, None])
+        return distance.add_(self.top[rows, None]).exp_()
 
     def _evaluate(self, rows: slice) -> dict[str, Tensor]:
         """The terms on some rows; the cotangents of the statistics, and to each part those of its own."""

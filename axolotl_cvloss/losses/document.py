@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..engine.segments import Segments
 from ..hookspecs import hookimpl
+from ..numerics import log_one_minus_exp
 from .bounds import Number, PositiveFraction
-from .token import _tiny
 
 
 def topk_cross_entropy(logp: Tensor, rows: Segments, k: PositiveFraction = 0.1) -> Tensor:
@@ -46,12 +46,7 @@ def direct_coverage(logp: Tensor, rows: Segments, n: Number = 256) -> Tensor:
     # Below, (1 - P)^n is 1 - n P to rounding; P itself may be too small for a number.
     least = -36 - math.log(n)
     inside = log_probability.clamp_min(least)
-    missed = torch.where(  # log(1 - P), by the one of its two forms that is exact
-        inside > -math.log(2),
-        (-inside.expm1()).clamp_min(_tiny(logp)).log(),
-        (-inside.clamp_max(-math.log(2)).exp()).log1p(),
-    )
-    value = -(-(n * missed).expm1()).log()
+    value = -log_one_minus_exp(n * log_one_minus_exp(inside))
     return torch.where(log_probability < least, -log_probability - math.log(n), value)
 
 

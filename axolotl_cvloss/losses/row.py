@@ -3,7 +3,8 @@
 Each takes ``logits`` (n, V), float32 or float64, and ``labels`` (n,), and returns one value a row, (n,). Autograd
 differentiates them on a chunk of rows at a time, so what they cost is time, and a few times the memory of a chunk.
 
-A logit may be -inf (a token that is ruled out); p log p and the like are 0 there.
+A logit may be -inf (a token that is ruled out); p log p and the like are 0 there, and means over the vocabulary, as
+that of squentropy, leave it out.
 """
 
 import math
@@ -56,8 +57,9 @@ def squentropy(logits: Tensor, labels: Tensor, coefficient: NonNegative = 1.0) -
     Hurts: base models, whose logits were never near 0: most of the gradient moves the logits of unlikely tokens. Take
         a small coefficient. No evidence in fine-tuning yet.
     """
-    squares = torch.einsum("nv,nv->n", logits, logits) - _at(logits, labels) ** 2
-    return _cross_entropy(logits, labels) + coefficient / max(1, logits.shape[1] - 1) * squares
+    others = logits.masked_fill(logits == -torch.inf, 0).scatter(1, labels[:, None], 0)
+    count = (_possible(logits) - 1).clamp_min(1)
+    return _cross_entropy(logits, labels) + coefficient / count * torch.einsum("nv,nv->n", others, others)
 
 
 def spherical_z(logits: Tensor, labels: Tensor, slope: Positive = 1.0, offset: float = 10.0) -> Tensor:
@@ -70,8 +72,12 @@ def spherical_z(logits: Tensor, labels: Tensor, slope: Positive = 1.0, offset: f
     Helps: ranking the target among the first few; shifting or scaling the logits changes nothing.
     Hurts: it does not train probabilities: alone, p and sampling from it drift. No evidence in fine-tuning yet.
     """
-    variance, mean = torch.var_mean(logits, 1, correction=0)
-    height = (_at(logits, labels) - mean) / variance.clamp_min(CONSTANT).sqrt()
+    shifted, count = _shifted(logits), _possible(logits)
+    ruled_out = logits == -torch.inf
+    mean = shifted.masked_fill(ruled_out, 0).sum(1) / count
+    away = (shifted - mean[:, None]).masked_fill(ruled_out, 0)
+    variance = torch.einsum("nv,nv->n", away, away) / count
+    height = (_at(shifted, labels) - mean) / variance.clamp_min(CONSTANT).sqrt()
     return F.softplus(offset - height, beta=slope, threshold=40)
 
 
@@ -87,7 +93,7 @@ def ldr(logits: Tensor, labels: Tensor, temperature: Positive = 1.0, margin: Non
     Hurts: away from temperature 1 the model's probabilities are those at another temperature. No evidence in
         fine-tuning yet.
     """
-    scaled = logits / temperature
+    scaled = _shifted(logits) / temperature
     # A margin on all others is one off the target.
     scaled.scatter_add_(1, labels[:, None], scaled.new_full((len(labels), 1), -margin / temperature))
     return temperature * (_cross_entropy(scaled, labels) - math.log(logits.shape[1]))
@@ -107,7 +113,7 @@ def sparsemax(logits: Tensor, labels: Tensor) -> Tensor:
     from entmax import sparsemax_loss
 
     sound = logits.amax(1).isfinite()  # the library fails on the other rows, or returns a number
-    values = sparsemax_loss(_finite(logits.where(sound[:, None], 0)), labels, k=SORTED)
+    values = sparsemax_loss(_finite(_shifted(logits.where(sound[:, None], 0))), labels, k=SORTED)
     return values.where(sound, torch.nan)
 
 
@@ -152,9 +158,10 @@ def gem(logits: Tensor, labels: Tensor, beta: PositiveFraction = 0.7) -> Tensor:
     Helps: keeping the diversity of answers, as a cold start for reinforcement learning or for sampling many.
     Hurts: where one exact answer is wanted, little is known. The value falls below 0 and is no measure of progress.
     """
-    q = (logits.detach() / beta).softmax(1)
+    shifted = _shifted(logits)
+    q = (shifted.detach() / beta).softmax(1)
     # log p is z - lse, and q sums to 1, so lse cancels.
-    return torch.einsum("nv,nv->n", q, _finite(logits)) - _at(logits, labels)
+    return torch.einsum("nv,nv->n", q, _finite(shifted)) - _at(shifted, labels)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,6 +171,16 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _at(values: Tensor, labels: Tensor) -> Tensor:
     """The entry of each row at its label."""
     return values.gather(1, labels[:, None]).squeeze(1)
+
+
+def _shifted(logits: Tensor) -> Tensor:
+    """Logits less the largest of their row, where a common offset does not count: far from 0 they have few digits."""
+    return logits - logits.detach().amax(1, keepdim=True)
+
+
+def _possible(logits: Tensor) -> Tensor:
+    """How many tokens of each row are not ruled out."""
+    return (logits.detach() != -torch.inf).sum(1)
 
 
 def _finite(values: Tensor) -> Tensor:

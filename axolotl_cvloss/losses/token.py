@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..hookspecs import hookimpl
+from ..numerics import one_minus_exp
 from . import reference
 from .bounds import AtLeastMinus1, Fraction, FractionBelow1, NonNegative, Positive, PositiveFraction
 
 
-def cross_entropy(logp: Tensor, lse: Tensor, mean_logit: Tensor | None, label_smoothing: Fraction = 0.0) -> Tensor:
+def cross_entropy(logp: Tensor, mean_logp: Tensor | None, label_smoothing: Fraction = 0.0) -> Tensor:
     """The negative log-likelihood of the target; with label smoothing, of a target mixed with the uniform one.
 
     Formula: -(1 - label_smoothing) log p - label_smoothing mean_j log p_j
@@ -23,9 +24,9 @@ def cross_entropy(logp: Tensor, lse: Tensor, mean_logit: Tensor | None, label_sm
     Hurts: where a few wrong labels have p near 0, as their gradient is as large as it gets; label smoothing spends
         probability on the whole vocabulary.
     """
-    if mean_logit is None:
+    if mean_logp is None:
         return -logp
-    return -(1 - label_smoothing) * logp - label_smoothing * (mean_logit - lse)
+    return -(1 - label_smoothing) * logp - label_smoothing * mean_logp
 
 
 def focal(logp: Tensor, gamma: NonNegative = 2.0, alpha: Positive = 1.0) -> Tensor:
@@ -37,7 +38,7 @@ def focal(logp: Tensor, gamma: NonNegative = 2.0, alpha: Positive = 1.0) -> Tens
     Hurts: with wrong labels, which are the hardest tokens of all; and the model ends up less sure of what it knows.
     """
     # The derivative of 0^gamma is infinite for gamma < 1, and the value 0 * log p is 0: keep away from 0.
-    return -alpha * _wrong(logp).clamp_min(_tiny(logp)) ** gamma * logp
+    return -alpha * one_minus_exp(logp).clamp_min(_tiny(logp)) ** gamma * logp
 
 
 def self_adjusting_dice(
@@ -53,9 +54,9 @@ def self_adjusting_dice(
     Helps: beside cross-entropy, where rare labels matter; published for tagging and classification.
     Hurts: alone, as its gradient vanishes at p = 0 and turns around at p = 1 / (1 + alpha).
     """
-    weight = _wrong(logp).clamp_min(_tiny(logp)) ** alpha
-    q = (weight.detach() if detach_weight else weight) * logp.exp()
-    return 1 - (2 * q + smooth) / (q + 1 + smooth)
+    log_weight = alpha * one_minus_exp(logp).clamp_min(_tiny(logp)).log()
+    log_q = logp + (log_weight.detach() if detach_weight else log_weight)
+    return one_minus_exp(log_q) / (log_q.exp() + 1 + smooth)  # (1 - q) / (q + 1 + s), which does not cancel near 0
 
 
 def poly(logp: Tensor, epsilon: AtLeastMinus1 = 1.0) -> Tensor:
@@ -66,7 +67,7 @@ def poly(logp: Tensor, epsilon: AtLeastMinus1 = 1.0) -> Tensor:
     Helps: a small change of cross-entropy with one number to tune; published for images.
     Hurts: little; a larger epsilon makes the model surer of itself. No evidence in fine-tuning yet.
     """
-    return epsilon * _wrong(logp) - logp
+    return epsilon * one_minus_exp(logp) - logp
 
 
 def gce(logp: Tensor, q: PositiveFraction = 0.7) -> Tensor:
@@ -80,7 +81,7 @@ def gce(logp: Tensor, q: PositiveFraction = 0.7) -> Tensor:
     Hurts: where much is new to the model: the gradient is p^q times that of cross-entropy, so tokens with p near 0
         are hardly learnt.
     """
-    return -(q * logp).expm1() / q
+    return one_minus_exp(q * logp) / q
 
 
 def encouraging(logp: Tensor, log_end: FractionBelow1 = 0.75) -> Tensor:
@@ -92,7 +93,7 @@ def encouraging(logp: Tensor, log_end: FractionBelow1 = 0.75) -> Tensor:
     Hurts: calibration, and data with wrong labels that the model believes already; values are below 0.
     """
     end = 1 - log_end
-    wrong = _wrong(logp)
+    wrong = one_minus_exp(logp)
     return wrong.clamp_min(end).log() - (1 - wrong / end).clamp_min(0) - logp
 
 
@@ -137,18 +138,13 @@ def ldam(logp: Tensor, rarity: Tensor, max_margin: Positive = 0.5) -> Tensor:
     return margin - logp + (logp.exp() * torch.expm1(-margin)).log1p()
 
 
-def _wrong(logp: Tensor) -> Tensor:
-    """1 - p without cancellation near p = 1."""
-    return -logp.expm1()
-
-
 def _tiny(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny
 
 
 @hookimpl
 def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
-    smoothing = {"mean_logit": "label_smoothing"}
+    smoothing = {"mean_logp": "label_smoothing"}
     register("cross_entropy", family="token", reference=reference.cross_entropy, only_if=smoothing)(cross_entropy)
     register("focal", family="token", reference=reference.focal)(focal)
     register("self_adjusting_dice", family="token", reference=reference.self_adjusting_dice)(self_adjusting_dice)

@@ -23,6 +23,7 @@ TOKEN = Family(
         "logp": "(N,) log-probability of each row's target",
         "lse": "(N,) logsumexp of each row's logits",
         "mean_logit": "(N,) mean of each row's logits",
+        "mean_logp": "(N,) mean of the log-probabilities of all tokens in each row",
         "rarity": "(N,) (n_min / n_y)^(1/4), n_y how often the target is a label in the training set; no gradient",
     },
     pointwise=True,
