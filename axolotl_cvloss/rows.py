@@ -100,8 +100,9 @@ def select_rows(
         labels: (B, T) or (N,), int64; -100 is ignored.
         shift: Row t predicts label t + 1; otherwise labels are aligned with the rows already.
         position_ids: (B, T), or (P, B, T); a document begins where they do not increase in any of the P planes.
-        attention_mask: (B, T); 0 is padding. With position_ids so is a last document without labels that repeats
-            one token. Where documents are numbered 1, 2, ... in it, these are used too.
+        attention_mask: (B, T); 0 is padding, and at its edges labels alone decide. With position_ids so is a last
+            document without labels that repeats one token. Where documents are numbered 1, 2, ... in it, these are
+            used too.
         input_ids: (B, T), what the model was given (never shifted), for the scope ``sequence`` and for filters.
         example_weights: (B,), one an example, or one a token in the shape of the labels.
     """
@@ -120,9 +121,15 @@ def select_rows(
     within = torch.zeros_like(labels, dtype=torch.bool)  # the next token is of the same document
     within[:, :-1] = documents[:, 1:] == documents[:, :-1]
     targets = labels.roll(-1, dims=1) if shift else labels
-    completion = targets != IGNORE_INDEX
+    completion, of_rows = targets != IGNORE_INDEX, documents
     if shift:
-        completion &= within
+        # At an edge of padding labels alone decide, as they do in models' own losses; such a row is of the document of
+        # the one of its two tokens that is not padding.
+        padding = _padding(labels, attention_mask)
+        edge = padding != padding.roll(-1, dims=1)
+        edge[:, -1:] = False
+        completion &= within | edge
+        of_rows = torch.where(edge & padding, documents.roll(-1, dims=1), documents)
     sequence = completion
     if any(selector.scope == "sequence" for selector in selectors):
         if input_ids is None:
@@ -140,7 +147,7 @@ def select_rows(
     return Rows(
         index=index,
         labels=targets.flatten()[index],
-        documents=documents.flatten()[index],
+        documents=of_rows.flatten()[index],
         scopes={selector: masks[selector].flatten()[index] for selector in selectors},
         weights=None if example_weights is None else _row_weights(example_weights, labels, shift).flatten()[index],
         aligned=aligned_labels(labels, shift),
@@ -218,6 +225,13 @@ def _documents(labels: Tensor, position_ids: Tensor | None, attention_mask: Tens
     if attention_mask is not None and attention_mask.shape == labels.shape:
         starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
     return starts.flatten().cumsum(0).view_as(labels) - 1
+
+
+def _padding(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T) bool, what a mask calls padding."""
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return attention_mask == 0
 
 
 def _not_padding(

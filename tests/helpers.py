@@ -58,18 +58,23 @@ class Batch:
         return replace(self, logits=self.logits.to(dtype))
 
     def rows(self, scope="completion"):
-        """Every trained row as ((b, t), target, document), by the definition, one position after the other."""
+        """Every trained row as ((b, t), target, document), by the definition, one position after the other.
+
+        A row next to padding is of the document of its other token.
+        """
         documents, labels = torch.atleast_2d(self.documents), torch.atleast_2d(self.labels)
         shift = self.inputs.get("shift", True)
         found = []
         for b, line in enumerate(documents.tolist()):
             for t, document in enumerate(line):
-                inside = t + 1 < len(line) and line[t + 1] == document >= 0
-                target = IGNORE if shift and not inside else int(labels[b, t + 1 if shift else t])
+                following = line[t + 1] if t + 1 < len(line) else document
+                inside = t + 1 < len(line) and following == document >= 0
+                edge = "attention_mask" in self.inputs and (document == -1) != (following == -1)
+                target = IGNORE if shift and not (inside or edge) else int(labels[b, t + 1 if shift else t])
                 if scope == "sequence" and target == IGNORE and inside:
                     target = int(torch.atleast_2d(self.inputs["input_ids"])[b, t + 1])
                 if target != IGNORE:
-                    found.append(((b, t), target, document))
+                    found.append(((b, t), target, following if edge and document == -1 else document))
         return found
 
     def unused(self):

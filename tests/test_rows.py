@@ -151,10 +151,18 @@ def test_padding_on_the_right():
 
 def test_padding_on_the_left():
     labels, mask = tensor([X, X, 1, 2, 3]), tensor([0, 0, 1, 1, 1])
-    # The last padding token stands before the first real one, but is no part of the document.
-    assert rows(labels, attention_mask=mask) == ([(2, 2), (3, 3)], [0, 0])
-    # transformers numbers the padding of a left-padded line 1.
+    # A label of the first token counts, as in models' own losses: of its document, though the row is padding.
+    assert rows(labels, attention_mask=mask) == ([(1, 1), (2, 2), (3, 3)], [0, 0, 0])
+    assert rows(tensor([X, X, X, 2, 3]), attention_mask=mask) == ([(2, 2), (3, 3)], [0, 0])
+    # transformers numbers the padding of a left-padded line 1. Without a mask it may be documents of one token.
+    assert rows(labels, position_ids=tensor([1, 1, 0, 1, 2]), attention_mask=mask)[0] == [(1, 1), (2, 2), (3, 3)]
     assert rows(labels, position_ids=tensor([1, 1, 0, 1, 2])) == ([(2, 2), (3, 3)], [0, 0])
+
+
+def test_labelled_padding():
+    """Where padding is the end of text too, and a collator has left its label."""
+    labels, mask = tensor([1, 2, 9, X], [9, 9, 1, 2]), tensor([1, 1, 0, 0], [0, 0, 1, 1])
+    assert rows(labels, attention_mask=mask) == ([(0, 2), (1, 9), (4, 9), (5, 1), (6, 2)], [0, 0, 1, 2, 2])
 
 
 # The scope "sequence"

@@ -127,6 +127,22 @@ def test_cross_entropy_is_the_models_own(make_model, batch, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_at_the_edge_of_padding_count_as_the_model_counts_them(make_model, batch, side, head):
+    """The first token of all after padding on the left, the end of text where padding is the same token."""
+    mask = batch["attention_mask"].flip(1) if side == "left" else batch["attention_mask"]
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    if side == "right":
+        labels[1, 8] = 2
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": labels}
+    host = step(make_model(), **inputs)
+    model = install(make_model(), objective({"cross_entropy": 1.0}, head))
+    assert_same(step(model, **inputs), host)
+    trained = int((labels[:, 1:] != -100).sum())
+    assert_same(step(model, **inputs, num_items_in_batch=trained), host)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_loss_and_gradient_are_those_of_the_logits(make_model, batch, head):
     plain = make_model().train()
     loss = objective().from_logits(plain(**without_labels(batch)).logits, batch["labels"]).loss
