@@ -159,7 +159,7 @@ def plot(losses: Sequence[str], given: Sequence[str], out: Path, as_json: bool) 
     try:
         save(curves, out)
     except ModuleNotFoundError as error:
-        raise click.ClickException("plot needs matplotlib: pip install matplotlib") from error
+        raise click.ClickException('plot needs matplotlib: pip install "axolotl-cvloss[plot]"') from error
     except (ValueError, OSError) as error:
         raise click.ClickException(f"{out}: {error}") from error
     click.echo(f"{out}: {', '.join(curves)}")

@@ -158,6 +158,9 @@ class Installation:
             "progress": self.progress,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
+        mask, length = given["attention_mask"], given["labels"].shape[-1]
+        if mask is not None and mask.dim() == 2:  # it may begin with a cache, such as that of prefix tuning
+            given["attention_mask"] = mask[:, -length:]
         if self.evaluation and self.evaluation.first_rows is not None:
             given |= _padding_from(self.evaluation.first_rows, given)
         if self._verdict is None:
@@ -198,13 +201,15 @@ class Installation:
         return found[0] * aux_loss.to(device)
 
     @torch.compiler.disable
-    def _judge(self, run: Callable[..., Any], labels: Tensor, attention_mask: Tensor | None) -> None:
+    def _judge(self, run: "partial[Any]", labels: Tensor, attention_mask: Tensor | None) -> None:
         """What the first batch with labels says of the model; an error where its own loss is another one."""
         with self._tap.alone:
             if self._verdict is not None:  # another thread was faster
                 return
             if "use_cache" in inspect.signature(self.original).parameters:  # no model caches in training
                 run = partial(run, use_cache=False)
+            if run.keywords.get("past_key_values") is not None:  # such as of prefix tuning; it grows when it is used
+                run = partial(run, past_key_values=None, attention_mask=attention_mask)
             verdict = inspected(self._tap, run, labels, attention_mask, self._auxiliary)
             name = type(self.model).__name__
             if verdict.other_loss:
@@ -298,7 +303,7 @@ class Installation:
         return ""
 
 
-def install(model: nn.Module, objective: Objective) -> nn.Module:
+def install(model: nn.Module, objective: Objective | Mapping[str, Any] | str) -> nn.Module:
     """Make ``model(input_ids=..., labels=..., num_items_in_batch=...)`` return the loss of the objective.
 
     Without labels the model is untouched. Call it before the model is wrapped by accelerate, DDP or FSDP; a peft
@@ -306,15 +311,24 @@ def install(model: nn.Module, objective: Objective) -> nn.Module:
 
     Args:
         model: A causal language model of transformers, or a peft model of one.
-        objective: What to train with.
+        objective: What to train with, or what would stand behind the key.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: The model is an encoder-decoder. Other models whose own loss is not the mean cross-entropy of each
-            next token stop at their first batch.
+        TypeError: The model takes no ``input_ids``, so it is no language model.
+        ValueError: The model is an encoder-decoder, or what would stand behind the key is wrong. Other models whose
+            own loss is not the mean cross-entropy of each next token stop at their first batch.
     """
+    taken = inspect.signature(model.forward).parameters
+    if "input_ids" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise TypeError(
+            f"cv_loss: install takes a causal language model, and {type(model).__name__} is none: its forward takes "
+            f"{', '.join(taken) or 'nothing'}, and no input_ids"
+        )
+    if not isinstance(objective, Objective):
+        objective = Objective.from_config(objective)
     installed = installation(model)
     base = _base(model) if installed is None else installed.model
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
@@ -323,15 +337,26 @@ def install(model: nn.Module, objective: Objective) -> nn.Module:
             "objectives are for causal language models, where each row predicts the next token"
         )
     uninstall(model)
+    before = base.forward
     base.__dict__[_ATTRIBUTE] = Installation(base, objective)
+    _follow(model, base, before)
     return model
 
 
 def uninstall(model: nn.Module) -> nn.Module:
     """Give the model its own forward back. A model without an objective is left as it is."""
     if (installed := installation(model)) is not None:
+        before = installed.model.forward
         installed.remove()
+        _follow(model, installed.model, before)
     return model
+
+
+def _follow(model: nn.Module, base: nn.Module, before: Callable[..., Any]) -> None:
+    """Some wrappers, such as peft's of LLaMA-Adapter, keep the forward of what they wrap instead of looking it up."""
+    for module in model.modules():
+        if module is not base and module.__dict__.get("forward") == before:
+            module.__dict__["forward"] = base.forward
 
 
 def installation(model: nn.Module) -> Installation | None:

@@ -411,7 +411,7 @@ def test_plot_refuses(arguments, message):
 def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     error = run("plot", "focal", "--out", tmp_path / "c.png", code=1).stderr
-    assert "plot needs matplotlib: pip install matplotlib" in error
+    assert 'plot needs matplotlib: pip install "axolotl-cvloss[plot]"' in error
     assert "focal" in json.loads(run("plot", "focal", "--json").stdout)
 
 

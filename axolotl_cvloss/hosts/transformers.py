@@ -21,6 +21,7 @@ from ..rows import COMPLETION
 from ..vocabulary import count_labels
 from .example_weights import WeightCollator
 from .trl_keys import parallel, savers
+from .virtual_tokens import conflicts, virtual_tokens, with_virtual_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +81,7 @@ class ObjectiveTrainer(Trainer):
     _cv_asked: bool  # the model was asked for its loss in this training_step
     _cv_compared: bool
     _cv_reported: bool
+    _cv_virtual_tokens: int
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.
@@ -91,6 +93,7 @@ class ObjectiveTrainer(Trainer):
         objective = self.cv_loss.objective
         totals = torch.zeros(len(objective.selectors), dtype=torch.long, device=device)
         for batch in batch_samples:
+            batch = with_virtual_tokens(self._cv_virtual_tokens, batch)
             labels, shifted = batch.get("labels"), batch.get("shift_labels")
             if labels is None and shifted is None:
                 continue  # not the end of it: what follows is done by all processes together
@@ -290,8 +293,9 @@ def _complete(objective: Objective, trainer: Trainer) -> Objective:
         if not hasattr(data, "__len__") or "labels" not in (data[0] if len(data) else ()):
             raise RuntimeError(
                 f"cv_loss: {objective} needs to know how often each token is a label, and the trainer has no "
-                "train_dataset of known length with labels to count; give them: "
-                "Objective.from_config(..., label_counts=counts)"
+                "train_dataset of known length with labels to count: it is streamed, or gets its labels in the "
+                "collator, as images do. Leave the loss out, or train with transformers' Trainer, after "
+                "install(model, Objective.from_config(..., label_counts=counts)), and attach(trainer)"
             )
         rows = tqdm(range(len(data)), desc="cv_loss: counting labels", disable=not trainer.is_world_process_zero())
         label_counts = count_labels(data[i]["labels"] for i in rows)
@@ -337,6 +341,8 @@ def attach(trainer: Trainer) -> None:
     # From TrainingArguments, the command line or the environment, or from a model that is split already.
     if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
         raise RuntimeError("\n".join(problems))
+    if problems := conflicts(trainer.model, installed.objective.config):
+        raise RuntimeError("\n".join(problems))
     switch_off(trainer.args)
     installed.objective = _complete(installed.objective, trainer)
     if column := installed.objective.config.example_weights:
@@ -351,6 +357,7 @@ def attach(trainer: Trainer) -> None:
     trainer._cv_sums = {training: Sums(columns) for training in (True, False)}
     trainer._cv_gradient = None
     trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_reported = False
+    trainer._cv_virtual_tokens = virtual_tokens(trainer.model)
     installed.listeners = [_recorder(trainer)]
     # Without these the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True

@@ -509,3 +509,18 @@ def test_mixed_precision_of_accelerate(make_model, batch, head, accelerator):
     assert_same(step(model, **batch), expected, rtol=0.05, atol=0.02)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert_same(step(bare, **batch), expected)
+
+
+def test_install_takes_what_stands_behind_the_key(make_model, batch):
+    expected = step(install(make_model(), Objective.from_config(MIX)), **batch)
+    assert_same(step(install(make_model(), MIX), **batch), expected)
+    with pytest.raises(ValueError, match="did you mean lovasz"):
+        install(make_model(), {"lovas": 1})
+    with pytest.raises(ValueError, match="cv_loss: 3 is not a loss; give the name of a loss, a mapping"):
+        install(make_model(), 3)
+
+
+def test_install_refuses_what_is_no_language_model():
+    message = "install takes a causal language model, and Linear is none: its forward takes input, and no input_ids"
+    with pytest.raises(TypeError, match=message):
+        install(torch.nn.Linear(3, 4), MIX)
