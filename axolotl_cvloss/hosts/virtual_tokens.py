@@ -41,7 +41,7 @@ def conflicts(model: Any, config: CVLossConfig) -> list[str]:
     return []
 
 
-def with_virtual_tokens(count: int, batch: dict[str, Any]) -> dict[str, Any]:
+def with_virtual_tokens(count: int, batch: Any) -> Any:
     """The labels and the mask of a batch as the model gets them; positions and tokens it does not get."""
     if not count:
         return batch
