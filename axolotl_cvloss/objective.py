@@ -95,12 +95,14 @@ class Objective:
         self.terms: list[Term] = []
         for term in config.terms:
             loss = losses[term.loss]
-            same = sum(t.loss.name == loss.name for t in self.terms)
+            number = 1 + sum(t.loss.name == loss.name for t in self.terms)
+            while number > 1 and f"{loss.name}_{number}" in losses:  # another loss has this name
+                number += 1
             rows = Selector(term.scope)
             if term.goldfish is not None:
                 rows = rows.only(Goldfish(term.goldfish.k, term.goldfish.h))
             made = Term(
-                name=f"{loss.name}_{same + 1}" if same else loss.name,
+                name=loss.name if number == 1 else f"{loss.name}_{number}",
                 loss=as_in_the_paper(loss) if config.reference else loss,
                 weight=term.weight,
                 rows=rows,
@@ -287,7 +289,9 @@ def _denominators(
         for rows, count in given.items()
         if count is not None
     }
-    share = known.get(COMPLETION, 1.0) / max(counts[COMPLETION], 1e-30)
+    if COMPLETION not in known:  # nothing is known of the step, so what is left out is divided by its own rows
+        return {rows: known.get(rows, float(max(1, count))) for rows, count in counts.items()}
+    share = known[COMPLETION] / max(counts[COMPLETION], 1e-30)
     return {rows: known.get(rows, max(1, count) * share) for rows, count in counts.items()}
 
 

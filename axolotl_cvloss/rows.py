@@ -158,6 +158,8 @@ def select_rows(
 def _row_weights(weights: Tensor, labels: Tensor, shift: bool) -> Tensor:
     """(B, T), for each row the weight of the token that it predicts."""
     weights = weights.to(labels.device)
+    if weights.dim() == 1 and labels.shape == (1, len(weights)) and len(weights) > 1:
+        weights = weights[None]  # one a token, of labels that are (T,) as well
     if weights.shape == labels.shape:
         return weights.roll(-1, dims=1) if shift else weights
     if weights.numel() == labels.shape[0] or weights.numel() == labels.shape[1] == labels.numel():

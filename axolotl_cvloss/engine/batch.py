@@ -91,6 +91,14 @@ class Batch:
         self.sums[term.name] = self.sums[term.name] + value
         self.loss = self.loss + term.weight * value / self.denominators[term.rows]
 
+    def demand_gradient(self, term: Term, values: Tensor) -> None:
+        """Raise where the values of a loss do not depend on the logits, so that it would train nothing."""
+        if self.gradient and torch.is_grad_enabled() and not values.requires_grad:
+            raise ValueError(
+                f"loss {term.loss.name!r} returns a value that does not depend on the logits, so it would train "
+                "nothing; compute it from its statistics without detach(), argmax or the like"
+            )
+
     def row_total(self, term: Term, rows: slice, statistics: Mapping[str, Tensor], report: bool = True) -> Tensor:
         """The weighted sum of a term that has one value a row, over some rows."""
         mask = self.rows.scopes[term.rows][rows]
@@ -100,6 +108,7 @@ class Batch:
             raise ValueError(
                 f"loss {term.loss.name!r} must return one value a row, shape {tuple(mask.shape)}, not {given}"
             )
+        self.demand_gradient(term, values)
         if self.rows.weights is not None:
             values = values * self.rows.weights[rows]
         value = torch.where(mask, values, 0).sum()
@@ -109,6 +118,7 @@ class Batch:
 
     def set_total(self, term: Term, sets: Sets, values: Tensor) -> Tensor:
         """The weighted sum of a term over its sets, each of which counts by its rows."""
+        self.demand_gradient(term, values)
         # The gradient of the rows here is that of the whole set, also where other processes hold parts of it; of its
         # value each process reports its share.
         self.report(term, (values.detach() * sets.parts).sum())

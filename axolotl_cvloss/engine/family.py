@@ -167,8 +167,9 @@ def _batched(term: Term, statistics: Mapping[str, Tensor], allowed: Mapping[str,
 _LOOPED: set[Any] = set()  # functions that torch.vmap cannot follow
 
 
-def _checked(term: Term, value: Tensor, allowed: Mapping[str, tuple[int, ...]]) -> Tensor:
-    if tuple(value.shape) not in [tuple(shape) for shape in allowed.values()]:
+def _checked(term: Term, value: Any, allowed: Mapping[str, tuple[int, ...]]) -> Tensor:
+    if not isinstance(value, Tensor) or tuple(value.shape) not in [tuple(shape) for shape in allowed.values()]:
         words = " or ".join(f"{what}, shape {tuple(shape)}" if shape else what for what, shape in allowed.items())
-        raise ValueError(f"loss {term.loss.name!r} must return {words}, not {tuple(value.shape)}")
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss {term.loss.name!r} must return {words}, not {given}")
     return value
