@@ -111,3 +111,15 @@ def test_entropy_adaptive_is_axolotls_over_the_largest_entropy(alpha):
     result = batch.result(Objective.from_config({"entropy_adaptive": {"alpha": alpha}}), leaf)
     wanted = [x / math.log(20) ** alpha for x in host_loss(eaft.eaft_loss, batch, alpha=alpha)]
     torch.testing.assert_close([result.loss.detach(), torch.autograd.grad(result.loss, leaf)[0]], wanted)
+
+
+@pytest.mark.parametrize("name", ["squentropy", "spherical_z"])
+def test_a_token_that_is_ruled_out_is_as_if_it_were_not_there(name):
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3])
+    more = torch.cat([logits, torch.full((4, 2), -math.inf, dtype=torch.float64)], 1)
+    value, gradient = evaluate(name, more, labels)
+    wanted, wanted_gradient = evaluate(name, logits, labels)
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(gradient[:, :7], wanted_gradient)
+    assert (gradient[:, 7:] == 0).all()
