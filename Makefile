@@ -7,7 +7,10 @@ LATEST := .venv-trl-latest
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-hosts test-trl-latest test-configs lint bench clean
+.PHONY: help demo test test-all test-hosts test-trl-latest test-configs lint bench clean
+
+help:  ## the targets
+	@grep -hE "^[a-z-]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z-]+):[^#]*## /  \1\t/" | expand -t 20
 
 demo: $(INSTALLED)  ## train a small model on generated word problems, with cross-entropy and with the mix
 	$(BIN)/python demo/run.py
@@ -19,7 +22,7 @@ test: $(INSTALLED)  ## every law, family and host, with a sample of their combin
 test-all: $(INSTALLED)  ## all combinations and the long checks too
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-hosts: $(INSTALLED) .deepspeed  ## real hosts in two processes: prints what works with what, and writes it into the README
+test-hosts: $(INSTALLED) .deepspeed  ## real hosts in two processes: prints what works with what, and writes docs/compatibility.md
 	COMPATIBILITY=docs/compatibility/axolotl.json $(BIN)/python -m pytest tests/distributed; \
 	  status=$$?; $(BIN)/python tools/compatibility.py; exit $$status
 
@@ -34,7 +37,7 @@ test-trl-latest:  ## the tests of TRL in an environment of their own
 	$(LATEST)/bin/python -m pip install --quiet "torch==2.13.0"
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable ".[trl]" trl transformers accelerate peft "pytest>=8" pytest-xdist
 	$(LATEST)/bin/python -m pip list | grep -E "^(torch|trl|transformers|accelerate|peft|datasets) "
-	$(LATEST)/bin/python -m pytest -n 2 tests/hosts/test_trl.py tests/hosts/test_readme.py \
+	$(LATEST)/bin/python -m pytest -n 2 tests/hosts/test_trl.py tests/hosts/test_hosts_page.py \
 	  tests/hosts/test_trainer.py tests/hosts/test_install.py
 	COMPATIBILITY=docs/compatibility/trl-latest.json $(LATEST)/bin/python -m pytest tests/distributed \
 	  -k "cut or metrics or two_processes and FSDP2"; \
@@ -46,7 +49,7 @@ test-configs: $(INSTALLED)  ## the example configs of the installed Axolotl, fro
 	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python tools/axolotl_configs.py \
 	  .axolotl/axolotl-$$version.tar.gz docs/compatibility/axolotl-configs.md
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

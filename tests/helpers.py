@@ -10,7 +10,7 @@ from naive import COUNTS, NAIVE
 from axolotl_cvloss import registry
 
 IGNORE = -100
-README = Path(__file__).parents[1] / "README.md"
+HOSTS_PAGE = Path(__file__).parents[1] / "docs" / "hosts.md"
 
 
 class Tokenizer:
@@ -209,9 +209,8 @@ def nll_of(model, tokenizer, rows):
 
 
 def snippets():
-    """Those of the README's section on TRL, transformers and plain loops."""
-    section = README.read_text(encoding="utf-8").split("\n## TRL, transformers and plain loops\n")[1].split("\n## ")[0]
-    return [part.split("```")[0] for part in section.split("```python\n")[1:]]
+    """Those of the page on TRL, transformers and plain loops."""
+    return [part.split("```")[0] for part in HOSTS_PAGE.read_text(encoding="utf-8").split("```python\n")[1:]]
 
 
 def snippet(word, *replacements):

@@ -19,7 +19,9 @@ from axolotl_cvloss.config import ConfigError, CVLossConfig
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
-PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+TRAIN = ("compare", "predict")  # commands that load a model
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
@@ -60,17 +62,18 @@ def test_the_table_of_losses_is_what_the_docstrings_say(tool):
 
 
 def test_the_table_of_speed_is_what_was_measured(tool):
-    text = README.read_text(encoding="utf-8")
+    text = tool.PERFORMANCE.read_text(encoding="utf-8")
     assert text == tool.speed(text), "run python tools/docs.py"
 
 
 def test_the_table_of_the_paper_s_experiment_is_that_of_its_runs(tool):
-    text = README.read_text(encoding="utf-8")
+    text = tool.EXPERIMENT.read_text(encoding="utf-8")
     assert text == tool.paper(text), "run python tools/docs.py"
 
 
 def test_the_table_of_what_was_tested_is_that_of_the_results():
-    compatibility, text = load("compatibility"), README.read_text(encoding="utf-8")
+    compatibility = load("compatibility")
+    text = compatibility.PAGE.read_text(encoding="utf-8")
     environments = compatibility.environments()
     assert environments
     assert text == compatibility.with_table(text, environments), "run python tools/compatibility.py"
@@ -85,8 +88,8 @@ def test_every_loss_has_its_place(tool):
     assert len(names) == len(set(names))
     for name, loss in available_losses().items():
         if loss.function.__module__.startswith("axolotl_cvloss."):
-            row = rows[names.index(name)].replace("\\|", "|")
-            assert f"`{loss.formula}`" in row
+            row = rows[names.index(name)]
+            assert row.split(" | ")[1] in loss.summary.replace("``", "`")
             page = (tool.PAGES / f"{loss.family}.md").read_text(encoding="utf-8")
             section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
             assert f"`{loss.formula}`" in section
@@ -165,6 +168,16 @@ def unknown(code):
     return missing
 
 
+def test_the_files_that_the_architecture_names_are_there():
+    named = re.findall(r"`((?:axolotl_cvloss|tests)/[\w/.]*)`", (DOCS / "architecture.md").read_text(encoding="utf-8"))
+    assert len(set(named)) > 10
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len(README.read_text(encoding="utf-8").split()) <= 1600
+
+
 def test_code_that_needs_nothing_is_known_as_such():
     assert unknown("from a import b as c\ndef f(x: int = 1):\n    y = [z for z in x]\n    return c(y, len(x))") == set()
     assert unknown("import torch\nloss = model(torch.ones(1)).loss") == {"model"}
@@ -183,12 +196,13 @@ def test_commands(path, tmp_path, monkeypatch):
     answer = {"task": "gsm8k", "prediction": "#### 7", "reference": "#### 7"}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(answer))
     for line, text in blocks(path, "bash", "console", "sh"):
-        for command in re.findall(r"^(?:\$ )?(?:axolotl )?cvloss +(.*)$", text.replace("\\\n", ""), re.MULTILINE):
+        text = text.replace("\\\n", "")
+        for command in re.findall(r"^(?:\$ )?(?:axolotl )?cvloss +(.*)$", text, re.MULTILINE):
             arguments = shlex.split(command, comments=True)
             for argument in arguments:
                 if argument.endswith(".yaml") and not Path(argument).exists():
                     Path(argument).write_text("cv_loss: {cross_entropy: 0.6, lovasz: 0.4}")
-            if arguments[0] in ("compare", "predict"):  # these take a model and hours; their arguments are looked at
+            if arguments[0] in TRAIN:  # these take a model and hours; their arguments are looked at
                 Path("model").mkdir(exist_ok=True)
                 cli.commands[arguments[0]].make_context(arguments[0], arguments[1:])
                 continue

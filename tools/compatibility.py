@@ -1,10 +1,13 @@
-"""Write the table of supported setups into the README, from docs/compatibility/*.json, which `make test-hosts`
-and `make test-trl-latest` write."""
+"""Write the table of supported setups into docs/compatibility.md, from docs/compatibility/*.json.
+
+`make test-hosts` and `make test-trl-latest` write these.
+"""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
 START, END = "<!-- compatibility: written by tools/compatibility.py -->", "<!-- end of compatibility -->"
 COLUMNS = ("host", "version", "sharding", "packing", "adapter", "result")
 PACKAGE = {"axolotl train": "axolotl", "transformers Trainer": "transformers", "SFTTrainer": "trl"}
@@ -31,7 +34,7 @@ def table(environments: list[dict]) -> str:
 
 
 def with_table(text: str, environments: list[dict]) -> str:
-    """The README with the table in its place."""
+    """The page with the table in its place."""
     before, rest = text.split(START)
     _, after = rest.split(END)
     return f"{before}{START}\n{table(environments)}\n{END}{after}"
@@ -43,8 +46,7 @@ def environments() -> list[dict]:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), environments()))
+    PAGE.write_text(with_table(PAGE.read_text(), environments()))
     print(table(environments()))
 
 

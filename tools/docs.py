@@ -1,4 +1,4 @@
-"""Write the tables in README.md and the pages of docs/losses/: python tools/docs.py.
+"""Write the table of losses in README.md, and pages and tables of docs/: python tools/docs.py.
 
 They come from the docstrings and from the committed results of the benchmarks. A test keeps them equal.
 """
@@ -16,6 +16,7 @@ from axolotl_cvloss.engine.terms import Loss
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
+EXPERIMENT, PERFORMANCE = REPOSITORY / "docs" / "paper-experiment.md", REPOSITORY / "docs" / "performance.md"
 PAGES = REPOSITORY / "docs" / "losses"
 PICTURE = REPOSITORY / "docs" / "curves.png"
 START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses -->"
@@ -50,20 +51,17 @@ def built_in() -> dict[str, list[Loss]]:
 def readme(text: str) -> str:
     """The README with a new table of losses."""
     before, after = text.split(START)[0], text.split(END)[1]
-    rows = [("key", "value", "parameters", "family")]
+    rows = [("key", "what it is", "family")]
     for family, losses in built_in().items():
         page = f"{PAGES.relative_to(REPOSITORY)}/{family}.md"
         for loss in losses:
-            said = described(loss)
-            parameters = ", ".join(f"`{p['name']}` {plain(p['default'])}" for p in said["parameters"])
-            rows.append(
-                (f"[`{loss.name}`]({page}#{loss.name})", f"`{said['formula']}`", parameters, f"[{family}]({page})")
-            )
+            first = re.split(r"[;:] |\. ", described(loss)["summary"])[0].rstrip(".")
+            rows.append((f"[`{loss.name}`]({page}#{loss.name})", first, f"[{family}]({page})"))
     return f"{before}{START}\n{table(rows)}\n{END}{after}"
 
 
 def speed(text: str) -> str:
-    """The README with a new table of seconds and memory, as ratios to cross-entropy on full logits."""
+    """The page of performance with a new table of seconds and memory, as ratios to cross-entropy on full logits."""
     before, after = text.split(SPEED_START)[0], text.split(SPEED_END)[1]
     measured = json.loads(SPEED.read_text(encoding="utf-8"))
     results = {row["case"]: row for row in measured["results"]}
@@ -84,7 +82,7 @@ def speed(text: str) -> str:
 
 
 def paper(text: str) -> str:
-    """The README with the results of the paper's experiment."""
+    """The page of evidence with the results of the paper's experiment."""
     before, after = text.split(PAPER_START)[0], text.split(PAPER_END)[1]
     sys.path.append(str(PAPER))
     import summary
@@ -155,5 +153,6 @@ if __name__ == "__main__":
         path.unlink()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    README.write_text(paper(speed(readme(README.read_text(encoding="utf-8")))), encoding="utf-8")
+    for path, written in ((README, readme), (PERFORMANCE, speed), (EXPERIMENT, paper)):
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     save(curves(), PICTURE)

@@ -83,7 +83,7 @@ def steps_of(start_processes, tmp_path):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """What ran, as a table; into the file that COMPATIBILITY names, too, which the README's table is made from."""
+    """What ran, as a table; into the file that COMPATIBILITY names, too, which the table in docs/ is made from."""
     rows = []
     for outcome in ("skipped", "passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):

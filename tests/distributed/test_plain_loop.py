@@ -1,4 +1,4 @@
-"""The README's loop with accelerate, in two processes."""
+"""The loop of docs/hosts.md with accelerate, in two processes."""
 
 import pytest
 from helpers import snippet

@@ -1,4 +1,4 @@
-"""The snippets of the README's section on TRL, transformers and plain loops run, on a tiny model."""
+"""The snippets of docs/hosts.md on TRL, transformers and plain loops run, on a tiny model."""
 
 import pytest
 import torch
