@@ -6,7 +6,8 @@ import re
 import pytest
 from scipy import stats
 
-from axolotl_cvloss.compare import plan, report
+from axolotl_cvloss import available_losses
+from axolotl_cvloss.compare import command, plan, report, running
 from axolotl_cvloss.compare.statistics import bootstrap, holm, paired, verdict
 
 
@@ -139,6 +140,22 @@ def test_the_setting_is_the_content_not_the_place(tmp_path):
     assert setting("a") != setting("b")
 
 
+def test_a_model_of_another_setting_is_not_taken_for_the_one_to_train(tmp_path):
+    """As after a stop before the first line, and a change of the config."""
+    run = plan.Run("mix", 1e-3, 0)
+    keys = [
+        running.Comparison("trl", {"max_steps": steps}, tmp_path, "text", 0.5).key("", "lovasz", run)
+        for steps in (5, 6, 5)
+    ]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_one_rate_after_a_choice_of_others(lines):
+    """The choice says 1e-3, the final runs were given 3e-3 alone."""
+    mine = [each for each in lines if each["stage"] == "choice" or each["rate"] == 3e-3]
+    assert [(row.name, row.rate) for row in report.summary(mine).rows] == [("gain", 3e-3)]
+
+
 def line(objective, seed, examples, stage="final", rate=1e-3, nll=0.5, **more):
     mean = sum(map(int, examples)) / len(examples)
     return {
@@ -229,3 +246,10 @@ def test_a_screen_has_the_table_of_rates_alone(lines, tmp_path):
 def test_steps_that_differ_are_no_fair_comparison(lines):
     lines[-1]["steps"] = 9
     assert "not a fair one" in report.markdown(report.summary(lines))
+
+
+def test_all_losses_of_the_catalogue_are_mixed_with_cross_entropy():
+    found = command._objectives((), None, "all")
+    assert set(found) == set(available_losses())
+    assert found["lovasz"] == {"cross_entropy": 0.6, "lovasz": 0.4}
+    assert found["cross_entropy"] == {"cross_entropy": 1.0}

@@ -78,7 +78,9 @@ def summary(lines: Sequence[Line]) -> Summary | None:
         if not finals:
             continue
         rates = sorted({line["rate"] for line in choice})
-        rate = choose_rate(choice) if choice else finals[-1]["rate"]
+        rate = choose_rate(choice) if choice else None
+        if all(line["rate"] != rate for line in finals):  # of a comparison that was given this one rate alone
+            rate = finals[-1]["rate"]
         runs[name] = {line["seed"]: line for line in finals if line["rate"] == rate}
         if not runs[name]:
             continue

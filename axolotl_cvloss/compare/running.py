@@ -142,7 +142,8 @@ class Comparison:
         self.about = about()
 
     def key(self, stage: str, objective: Any, run: Run) -> str:
-        return plans.digest(stage, run.objective, objective, run.rate, run.seed)
+        """The same for the same run of the same setting: what tells whether it is done, and whether its model is."""
+        return plans.digest(self.setting, stage, run.objective, objective, run.rate, run.seed)
 
     def prepare(self) -> None:
         """The rows of the test set, from the last time or from the host, and their two parts."""
@@ -342,7 +343,7 @@ def execute(plan: Plan, comparison: Comparison, jobs: int, progress: "Progress")
             gpu = devices[slot % len(devices)] if devices else None
             line = comparison.run(stage, run, objective, gpu, lambda text: progress.say(slot, f"{what}, {text}"))
             progress.finished(slot, what, line, time.monotonic() - start)
-        except RunFailed as error:
+        except (RunFailed, ValueError) as error:  # ValueError: of the scorer
             if not comparison.stopping:
                 failed.append(f"{what}\n{error}")
                 progress.failed(slot, f"{what} failed")
