@@ -78,9 +78,9 @@ def summary(lines: Sequence[Line]) -> Summary | None:
         if not finals:
             continue
         rates = sorted({line["rate"] for line in choice})
-        rate = choose_rate(choice) if choice else None
-        if all(line["rate"] != rate for line in finals):  # of a comparison that was given this one rate alone
-            rate = finals[-1]["rate"]
+        rate = float(finals[-1]["rate"])
+        if choice and any(line["rate"] == choose_rate(choice) for line in finals):
+            rate = choose_rate(choice)  # otherwise the comparison was given another rate alone
         runs[name] = {line["seed"]: line for line in finals if line["rate"] == rate}
         if not runs[name]:
             continue
