@@ -77,10 +77,13 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
     if report.host == "axolotl":
         _axolotl(data, report)
     elif report.host == "trl":
+        if theirs := [key for key in HOSTS["axolotl"] if key in data]:
+            report.errors.append(f"{' and '.join(theirs)} are keys of Axolotl, which TRL does not know; see --host")
         report.errors += trl_keys.conflicts(data.get)
         report.notes += trl_keys.savers(data.get).values()
     if report.config is not None:
         report.warnings += traps(report.config)
+        report.warnings += _small_sets(report.config, data)
     return report
 
 
@@ -95,6 +98,9 @@ def _axolotl(data: Mapping[Any, Any], report: Report) -> None:
             f"trainer_cls: {trainer} is not known here; where it computes a loss of its own, training stops"
         )
     given = data.get("plugins") or []
+    if isinstance(given, str):
+        report.errors.append(f"plugins: must be a list, such as [{given}], not the text {given}")
+        return
     plugins = [str(name) for name in given] if isinstance(given, list) else []
     if not any(name.startswith("axolotl_cvloss.") and name.endswith(".CVLossPlugin") for name in plugins):
         close = difflib.get_close_matches(PLUGIN, plugins, n=1)
@@ -114,6 +120,13 @@ def _model_type(base_model: Any) -> str | None:
         return None
 
 
+def _small_sets(config: CVLossConfig, data: Mapping[Any, Any]) -> list[str]:
+    sizes = [data.get(name) for name in ("micro_batch_size", "per_device_train_batch_size")]
+    sets = [t.loss for t in config.terms if available_losses()[t.loss].per_set and t.per == "batch"]
+    small = sets if 1 in sizes else []
+    return [f"{KEY}.{loss}.per: batch is the micro-batch, and that is of one example" for loss in small]
+
+
 def traps(config: CVLossConfig) -> list[str]:
     """What is allowed and often not meant."""
     losses = available_losses()
@@ -124,6 +137,17 @@ def traps(config: CVLossConfig) -> list[str]:
         for term in config.terms
         if term not in trained
     ]
+    used = {term.loss for term in trained}
+    if config.reference and "generalized_dice" in used:
+        found.append(
+            f"{KEY}: the paper's generalized_dice stays below 1e-20 with its own gradient, so it changes nothing; "
+            "without reference: true it does"
+        )
+    if "focal" in used and (others := sorted(used & {"dft", "encouraging"})):
+        found.append(
+            f"{KEY}: focal gives weight to tokens that the model gets wrong, {' and '.join(others)} to those that it "
+            "gets right; together they undo each other"
+        )
     names = " and ".join(dict.fromkeys(term.loss for term in trained))
     silent = {losses[term.loss].kind.silent_on for term in trained}
     if len(silent) == 1 and (tokens := silent.pop()):

@@ -242,8 +242,10 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     terminal = sys.stdout.isatty()
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=not terminal)
+    for number, column in enumerate(columns):
+        names = column in ("loss", "parameter", "metric")  # never cut
+        width = max(len(cell) for cell in (column, *(row[number] for row in rows))) if names else None
+        table.add_column(column, no_wrap=names or not terminal, min_width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # text, as formulas have brackets
     console = Console(width=None if terminal else 10_000, highlight=False)

@@ -145,9 +145,25 @@ def get_loss(name: str) -> Loss:
     return losses[name]
 
 
+# What people call a loss that has another name here, where the spelling alone would suggest another one, or none.
+CALLED = {
+    **dict.fromkeys(("ce", "xent", "nll", "crossentropy", "log_loss", "label_smoothing"), "cross_entropy"),
+    **dict.fromkeys(("iou", "miou", "soft_iou"), "jaccard"),
+    **dict.fromkeys(("ohem", "ohnm", "hard_example_mining", "bootstrapped_ce", "topk_ce"), "topk_cross_entropy"),
+    **dict.fromkeys(("f1", "dsc", "soft_dice", "sorensen"), "dice"),
+    **dict.fromkeys(("gdl", "gds"), "generalized_dice"),
+    **dict.fromkeys(("ntl", "wasserstein", "emd"), "number_token_wasserstein"),
+    **dict.fromkeys(("z_loss", "zloss"), "z_regularized"),
+    "eaft": "entropy_adaptive",
+    "sadice": "self_adjusting_dice",
+}
+
+
 def nearest(word: str, allowed: Any) -> str:
-    """``did you mean X? `` for the nearest allowed word, or nothing."""
-    match = difflib.get_close_matches(str(word).lower(), list(allowed), n=1, cutoff=0.5)
+    """``did you mean X? `` for the allowed word of that meaning or of the nearest spelling, or nothing."""
+    spelt = str(word).lower().strip().replace("-", "_").replace(" ", "_")
+    meant = CALLED.get(spelt) or CALLED.get(spelt.removesuffix("_loss"))
+    match = [meant] if meant in allowed else difflib.get_close_matches(spelt, list(allowed), n=1, cutoff=0.5)
     return f"did you mean {match[0]}? " if match else ""
 
 
