@@ -81,6 +81,18 @@ def test_the_table_of_what_was_tested_is_that_of_the_results():
     assert hosts == set(compatibility.PACKAGE)
 
 
+def test_results_of_other_code_or_versions_are_dropped(monkeypatch):
+    compatibility = load("compatibility")
+    one, two = ({"host": name, "result": "passed"} for name in ("one", "two"))
+    first = compatibility.merged({}, {"torch": "2"}, [one, {"host": "three", "result": "skipped"}], ("host",))
+    assert first["setups"] == [one]
+    assert first["code"] == compatibility.code()
+    assert compatibility.merged(first, {"torch": "2"}, [two], ("host",))["setups"] == [one, two]
+    assert compatibility.merged(first, {"torch": "3"}, [two], ("host",))["setups"] == [two]
+    monkeypatch.setattr(compatibility, "code", lambda: "of another day")
+    assert compatibility.merged(first, {"torch": "2"}, [two], ("host",))["setups"] == [two]
+
+
 def test_every_loss_has_its_place(tool):
     text = README.read_text(encoding="utf-8")
     rows = [line for line in text.split(tool.START)[1].split(tool.END)[0].splitlines() if line.startswith("| [")]

@@ -1,9 +1,13 @@
 """Write the table of supported setups into docs/compatibility.md, from docs/compatibility/*.json.
 
 `make test-hosts` and `make test-trl-latest` write these.
+
+Each of them holds what ran with one state of the package's code, and with which: a run with another state begins anew.
 """
 
+import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -13,6 +17,32 @@ COLUMNS = ("host", "version", "sharding", "packing", "adapter", "result")
 PACKAGE = {"axolotl train": "axolotl", "transformers Trainer": "transformers", "SFTTrainer": "trl"}
 # Said, not left out.
 UNTESTED = [("all", "", "GPUs", "", "", "not tested")]
+
+
+def code() -> str:
+    """A digest of the package's code as it is now."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "axolotl_cvloss").rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where the package has changed since."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "axolotl_cvloss") else "")
+
+
+def merged(before: dict, versions: dict, rows: list[dict], columns: tuple[str, ...]) -> dict:
+    """The results of a run and those before it, where these are of the same code and versions."""
+    same = before.get("versions") == versions and before.get("code") == code()
+    found = {tuple(row[name] for name in columns): row for row in [*(before["setups"] if same else []), *rows]}
+    setups = [row for row in found.values() if row["result"] != "skipped"]
+    return {"versions": versions, "commit": commit(), "code": code(), "setups": setups}
 
 
 def lines(results: dict) -> list[tuple[str, ...]]:
@@ -30,7 +60,11 @@ def table(environments: list[dict]) -> str:
     """The setups of all environments, one a line, by host and version."""
     rows = [line for results in environments for line in lines(results)]
     rows = [COLUMNS, ("---",) * len(COLUMNS), *sorted(rows, key=lambda row: row[:2]), *UNTESTED]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    ran = [
+        f"with transformers {found['versions']['transformers']} at commit {found['commit']}" for found in environments
+    ]
+    return f"{table}\n\nRun {' and '.join(ran)}."
 
 
 def with_table(text: str, environments: list[dict]) -> str:
@@ -48,6 +82,8 @@ def environments() -> list[dict]:
 def main() -> None:
     PAGE.write_text(with_table(PAGE.read_text(), environments()))
     print(table(environments()))
+    if any(found["code"] != code() for found in environments()):
+        print("The package has changed since: make test-hosts and make test-trl-latest run them again.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ try:
     from ..installation import install, installation
     from ..objective import Objective
     from .axolotl_keys import MAMBA, conflicts, misspelt, on_command_line, savers, spell_out
-    from .transformers import ObjectiveTrainer, attach
+    from .transformers import ObjectiveTrainer, connect
 except ImportError as error:
     # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
     raise RuntimeError(f"axolotl_cvloss.CVLossPlugin cannot be loaded, so the run stops here: {error}") from error
@@ -87,7 +87,7 @@ class CVLossPlugin(BasePlugin):
         if cfg.get(KEY) is None:
             LOG.warning(f"{KEY}: the key is not in the config, so training uses the loss of the model")
             return []
-        attach(trainer)
+        connect(trainer)
         objective = installation(trainer.model).objective  # type: ignore[union-attr]
         LOG.info(f"cv_loss: training with {objective}; every term and the NLL are logged as cv_loss/...")
         LOG.info(

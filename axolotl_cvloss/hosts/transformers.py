@@ -321,11 +321,22 @@ def switch_off(args: Any) -> None:
 
 
 def attach(trainer: Trainer) -> None:
-    """Make a trainer count and log for the objective installed in its model.
+    """Make a trainer count and log for the objective installed in its model, and say which one it is.
+
+    The model keeps the objective after training, for evaluations; ``uninstall(model)`` gives it its own forward back.
 
     Raises:
         RuntimeError: No objective is installed, or the trainer cannot give the right gradient.
     """
+    connect(trainer)
+    if trainer.is_world_process_zero():
+        objective = installation(trainer.model).objective  # type: ignore[union-attr]
+        # Of what is less than a warning, Trainer and TRL show nothing unless they are told to.
+        logger.warning(f"cv_loss: training with {objective}; every term and the NLL are logged as cv_loss/...")
+
+
+def connect(trainer: Trainer) -> None:
+    """``attach`` without a word, for hosts that have a log of their own."""
     installed = installation(trainer.model)
     if installed is None:
         raise RuntimeError("cv_loss: no objective is installed in the trainer's model")

@@ -62,6 +62,8 @@ class CVLossSFTTrainer(SFTTrainer):
     """SFTTrainer with the objective of ``args.cv_loss``. Without the key it is SFTTrainer.
 
     It takes what SFTTrainer takes, but for ``compute_loss_func``, and logs the same metrics, beside the terms.
+    The model keeps the objective afterwards, for evaluations; ``uninstall(model)`` leaves it as it was found, which a
+    plain SFTTrainer on it needs.
     """
 
     def __init__(self, model: Any, args: SFTConfig | None = None, *more: Any, **named: Any) -> None:
@@ -92,7 +94,6 @@ class CVLossSFTTrainer(SFTTrainer):
         # SFTTrainer puts the coefficient of the auxiliary loss into the config, which most models have read by then.
         if self.aux_loss_enabled and hasattr(self.cv_loss.model, "router_aux_loss_coef"):
             self.cv_loss.model.router_aux_loss_coef = self.model.config.get_text_config().router_aux_loss_coef
-        logger.info(f"{KEY}: training with {objective}")
 
     def compute_loss(
         self,

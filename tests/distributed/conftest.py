@@ -17,10 +17,16 @@ COLUMNS = ("host", "sharding", "packing", "adapter")
 PACKAGES = ("axolotl", "transformers", "trl", "accelerate", "peft", "torch")
 
 
+def _load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # The tiny model, its data and its Axolotl config are those of tests/hosts.
-_spec = importlib.util.spec_from_file_location("hosts_fixtures", HERE.parent / "hosts" / "conftest.py")
-hosts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hosts)
+hosts = _load("hosts_fixtures", HERE.parent / "hosts" / "conftest.py")
+compatibility = _load("compatibility", HERE.parents[1] / "tools" / "compatibility.py")
 tokenizer, make_model, problems = hosts.tokenizer, hosts.make_model, hosts.problems
 files, make_config, guest = hosts.files, hosts.make_config, hosts.guest
 
@@ -98,10 +104,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("  ".join(str(row[name]).ljust(widths[name]) for name in columns))
     if path := os.environ.get("COMPATIBILITY"):
         versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-        # What ran before with the same versions stays, where it was not to run again.
         before = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-        kept = before["setups"] if before.get("versions") == versions else []
-        found = {tuple(row[name] for name in COLUMNS): row for row in [*kept, *rows]}
-        setups = [row for row in found.values() if row["result"] != "skipped"]
         Path(path).parent.mkdir(exist_ok=True)
-        Path(path).write_text(json.dumps({"versions": versions, "setups": setups}, indent=1) + "\n")
+        Path(path).write_text(json.dumps(compatibility.merged(before, versions, rows, COLUMNS), indent=1) + "\n")

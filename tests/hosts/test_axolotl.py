@@ -136,10 +136,15 @@ LORA = {
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("quantised", [False, True], ids=["lora", "qlora"])
-def test_adapter(quantised, make_config, train, tokenizer, problems):
+def test_adapter(quantised, make_config, make_model, train, tokenizer, problems, tmp_path):
     adapter = {"adapter": "qlora", "load_in_4bit": True} if quantised else {"adapter": "lora"}
     weights = {"cross_entropy": 0.5, "focal": 0.3, "generalized_dice": 0.2}
     config = make_config(cv_loss=weights, gradient_accumulation_steps=2, micro_batch_size=2, **adapter, **LORA)
+    if quantised:
+        # Blocks of 64 weights within each row: bitsandbytes needs them on processors that compute with bfloat16.
+        config["base_model"] = str(tmp_path / "model")
+        make_model(hidden_size=64, intermediate_size=128).save_pretrained(config["base_model"])
+        tokenizer.save_pretrained(config["base_model"])
     history, output, _ = train(config)
     check_log(history, weights, evaluations=[0, 6, 12], learns=0.03)  # Axolotl does not seed it
 

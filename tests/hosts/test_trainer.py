@@ -179,6 +179,12 @@ def test_loss_is_the_weighted_sum_of_the_terms(steps, make_trainer):
         assert entry["cv_loss/nll"] != entry["cv_loss/cross_entropy"]  # the prompt belongs to the latter
 
 
+def test_it_says_with_what_it_trains(make_trainer, caplog):
+    make_trainer({"cross_entropy": 0.6, "lovasz": 0.4}, rows(2))
+    (line,) = [record.getMessage() for record in caplog.records if "training with" in record.getMessage()]
+    assert line.startswith("cv_loss: training with 0.6 cross_entropy + 0.4 lovasz; ")
+
+
 def test_a_loss_that_comes_twice_is_logged_twice(make_trainer):
     terms = [{"loss": "focal", "gamma": 0.0}, {"loss": "focal", "gamma": 2.0, "weight": 0.5}]
     trainer = make_trainer({"terms": terms}, rows(8))
@@ -266,7 +272,7 @@ def test_nan_is_reported_once_and_stays_visible(filtered, value, make_trainer, c
     options = {"max_steps": 6, "logging_steps": 2, "logging_nan_inf_filter": filtered}
     trainer = make_trainer(SEQUENCE_MIX, rows(16), callbacks=[Break(3, value)], **options)
     trainer.train()
-    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("axolotl_cvloss.hosts")]
+    (message,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
     assert "cross_entropy, lovasz, nll became NaN or infinite in step 3 on rank 0" in message
     first, *others = [entry["cv_loss/nll"] for entry in history(trainer)]
     assert math.isfinite(first)
