@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,8 @@ from .compare.command import compare, predict
 
 if TYPE_CHECKING:
     from .registry import Loss
+
+WIDE = 110  # columns of a terminal that a table of many columns needs
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -234,7 +237,7 @@ def _print_table_of(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for people; where the output is piped, one line a row and nothing drawn."""
+    """A table for people, or a block a row in a narrow terminal; where the output is piped, one line a row."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -249,6 +252,15 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # text, as formulas have brackets
     console = Console(width=None if terminal else 10_000, highlight=False)
+    if terminal and len(columns) > 3 and console.width < WIDE:
+        for row in rows:
+            for column, cell in zip(columns, row, strict=True):
+                lines = wrap(cell, max(20, console.width - 11), break_long_words=False) if cell else []
+                click.echo(
+                    "\n".join(f"{'' if n else column:<10} {line}" for n, line in enumerate(lines)), nl=bool(lines)
+                )
+            click.echo()
+        return
     if terminal:
         console.print(table)
         return

@@ -458,9 +458,11 @@ def test_the_two_commands():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals on Windows")
-def test_a_terminal_gets_a_table_that_fits():
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_terminal_gets_a_table_that_fits(width):
+    """Or, where it is narrow, a block for each loss. Nothing is cut."""
     ours, theirs = os.openpty()
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    environment = {**os.environ, "COLUMNS": str(width), "TERM": "xterm"}
     process = subprocess.Popen([BIN / "cvloss", "list"], stdout=theirs, env=environment)
     os.close(theirs)
     printed = b""
@@ -475,5 +477,6 @@ def test_a_terminal_gets_a_table_that_fits():
     os.close(ours)
     assert process.wait(timeout=120) == 0
     lines = re.sub(r"\x1b\[[\d;]*m", "", printed.decode()).splitlines()  # without the codes of bold letters
-    assert any("───" in line for line in lines)
-    assert max(map(len, lines)) <= 120
+    assert any("───" in line for line in lines) == (width == 120)
+    assert max(len(line) for line in lines if "A visit is" not in line) <= width
+    assert set(available_losses()) <= {word for line in lines for word in line.split()}
