@@ -56,7 +56,7 @@ def _evaluate(term: Term, p: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     statistics = {name: torch.rand(p.shape, generator=generator, dtype=p.dtype) for name in term.loss.statistics}
     statistics["logp"] = logp = p.log().requires_grad_()
-    value = term(**statistics)
+    value = term({term.key(name): x for name, x in statistics.items()})
     (slope,) = torch.autograd.grad(value.sum(), logp)
     return value.detach(), -slope * (1 - p)  # d log p / dz = 1 - p
 

@@ -25,6 +25,7 @@ class Register(Protocol):
         only_if: dict[str, str] | None = None,
         requires: str = "",
         at_once: bool = False,
+        at: dict[str, str] | None = None,
     ) -> Callable[[Function], Function]: ...
 
 

@@ -34,6 +34,7 @@ def register_loss(
     only_if: dict[str, str] | None = None,
     requires: str = "",
     at_once: bool = False,
+    at: dict[str, str] | None = None,
 ) -> Callable[[Function], Function]:
     """Make a function a loss that the ``cv_loss`` key knows by ``name``.
 
@@ -57,6 +58,7 @@ def register_loss(
         at_once: Of the family ``region``: the value of a class depends on the statistics of this class alone, so the
             function may be given the classes of many sets at once. Without it, sets of equal size are batched by
             ``torch.vmap``, and one after the other where it cannot follow.
+        at: Statistics that are taken at a parameter of the loss, such as ``{"tempered_logp": "temperature"}``.
 
     Raises:
         ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a
@@ -91,6 +93,8 @@ def register_loss(
             raise ValueError(f"loss {name!r}: {', '.join(sorted(taken))} cannot be the name of a parameter")
         if not set(only_if or {}) <= set(statistics) or not set((only_if or {}).values()) <= set(fields):
             raise ValueError(f"loss {name!r}: only_if maps statistics of the loss to parameters of it, not {only_if}")
+        if not set(at or {}) <= set(statistics) or not set((at or {}).values()) <= set(fields):
+            raise ValueError(f"loss {name!r}: at maps statistics of the loss to parameters of it, not {at}")
         config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
         parameters = create_model(f"{name}_parameters", __config__=config, **fields)  # type: ignore[call-overload]
         parameters()  # the defaults must lie within the bounds too
@@ -110,6 +114,7 @@ def register_loss(
             only_if=only_if or {},
             requires=requires,
             at_once=at_once,
+            at=at or {},
         )
         return function
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..rows import Rows, Selector
 from . import ranks
 from .sets import Sets, Window
+from .statistics import Key
 from .terms import Term
 
 CHUNK_BYTES = {"cpu": 72 << 20}  # of logits at a time
@@ -46,7 +48,7 @@ class Batch:
     vocab_size: int
     dtype: torch.dtype
     gradient: bool = False
-    statistics: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[Key, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     groups: dict[Group, Sets] = field(default_factory=dict)
     p_at: Callable[[int, Window], Tensor] = field(init=False)
@@ -99,10 +101,10 @@ class Batch:
                 "nothing; compute it from its statistics without detach(), argmax or the like"
             )
 
-    def row_total(self, term: Term, rows: slice, statistics: Mapping[str, Tensor], report: bool = True) -> Tensor:
+    def row_total(self, term: Term, rows: slice, statistics: Mapping[Any, Tensor], report: bool = True) -> Tensor:
         """The weighted sum of a term that has one value a row, over some rows."""
         mask = self.rows.scopes[term.rows][rows]
-        values = term(**statistics)
+        values = term(statistics)
         if not isinstance(values, Tensor) or values.shape != mask.shape:
             given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(

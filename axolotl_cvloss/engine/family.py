@@ -51,7 +51,7 @@ class Part:
         """Statistics of its own for these rows, which ``total`` comes to next; they get a gradient."""
         return []
 
-    def total(self, rows: slice, statistics: Mapping[str, Tensor]) -> Tensor | float:
+    def total(self, rows: slice, statistics: Mapping[Any, Tensor]) -> Tensor | float:
         """The weighted sum of its terms over these rows, differentiable in their statistics (n,) and in the leaves."""
         return 0.0
 
@@ -108,7 +108,7 @@ class SetPart(Part):
         """The value of a term for each set, (D,)."""
         raise NotImplementedError
 
-    def total(self, rows: slice, statistics: Mapping[str, Tensor]) -> Tensor | float:
+    def total(self, rows: slice, statistics: Mapping[Any, Tensor]) -> Tensor | float:
         total: Tensor | float = 0.0
         for term in self.terms:
             if len(sets := self.batch.sets(term)):
@@ -130,7 +130,7 @@ def of_each_set(
     """
     segments = {"classes": sets.classes, "rows": sets.rows}
     if term.loss.at_once or any(term.needs(name) for name in segments):
-        value = term(**by_class, **by_row, **segments)
+        value = term({**by_class, **by_row, **segments})
         if a_class and value.shape == sets.pair_class.shape:
             return sets.classes.mean(value)
         return _checked(term, value, {"one value a set": (len(sets),)})
@@ -149,7 +149,7 @@ def _batched(term: Term, statistics: Mapping[str, Tensor], allowed: Mapping[str,
     """The values (G,) of a loss of one set for G sets of equal size, from statistics (G, n)."""
 
     def one(*values: Tensor) -> Tensor:
-        return _checked(term, term(**dict(zip(statistics, values, strict=True))), allowed).mean()
+        return _checked(term, term(dict(zip(statistics, values, strict=True))), allowed).mean()
 
     given = list(statistics.values())
     if len(given[0]) > 1 and term.loss.function not in _LOOPED:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..numerics import one_minus_exp
 from .sets import Window
+from .statistics import FACTORED, Key, blocks, named
 
 
 @dataclass
@@ -33,14 +34,16 @@ class LogitGradient:
         p: Tensor | None,
         logp: Tensor,
         labels: Tensor,
-        cotangents: Mapping[str, Tensor],
+        cotangents: Mapping[Key, Tensor],
         columns: list[tuple[Window, Tensor]],
-        dense: Tensor | None = None,
+        z: Tensor | None = None,
+        values: Mapping[Key, Tensor] | None = None,
     ) -> "LogitGradient":
         """From the cotangents a of log p, l of lse, m of the mean logit, k of the mean log p, and b of p at columns:
 
         dz = a (onehot - p) + l p + m / V + k (1 / V - p) + p (b - <b, p>); ``columns`` has p b for the columns of
-        windows. p and ``columns`` are overwritten.
+        windows. Further cotangents are of other statistics; their ``values``, and the logits z where some are collected
+        from these, are needed then. p, z and ``columns`` are overwritten.
         """
         # (pull + own column) (1 - p) + rest p at the target, pull + own column + rest elsewhere: no difference of
         # large numbers, and 1 - p from log p.
@@ -54,17 +57,15 @@ class LogitGradient:
             pull = pull + weighted.gather(1, own_column).squeeze(1)
             weighted.scatter_(1, own_column, 0)
             rest = rest - weighted.sum(1)
+        slope, own, dense = rest - pull, pull * one_minus_exp(logp) + rest * logp.exp(), None
+        more = {key: cotangent for key, cotangent in cotangents.items() if key not in FACTORED}
+        if more and values is not None:
+            own, slope = _bend(p, logp, slope, own, more, values)
+            own, dense = _densify(z, labels, own, more, values)
         if p is not None:
             p.scatter_(1, labels[:, None], 0)
-        return cls(
-            p,
-            rest - pull,
-            labels,
-            pull * one_minus_exp(logp) + rest * logp.exp(),
-            [(window.columns, weighted) for window, weighted in columns],
-            mean,
-            dense,
-        )
+        found = [(window.columns, weighted) for window, weighted in columns]
+        return cls(p, slope, labels, own, found, mean, dense)
 
     def scaled(self, factor: float) -> "LogitGradient":
         if factor == 1:
@@ -133,6 +134,65 @@ class LogitGradient:
         if self.mean is not None:
             total += self.mean.sum() / len(total)
         return total
+
+
+def _bend(
+    p: Tensor | None,
+    logp: Tensor,
+    slope: Tensor,
+    own: Tensor,
+    cotangents: Mapping[Key, Tensor],
+    values: Mapping[Key, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Put p times the derivatives of statistics of p into p, by rows in a unit of their own; the new own and slope."""
+    bending = [(key, c) for key, c in cotangents.items() if named(key)[0].of == "p" and named(key)[0].pull is not None]
+    if not bending:
+        return own, slope
+    assert p is not None  # a source that mixes is not asked to
+    unit = sum((c.abs() for _, c in bending), slope.abs()).clamp_min(torch.finfo(p.dtype).tiny)
+
+    def factor(x: Tensor, rows: slice) -> Tensor:
+        total = torch.zeros_like(x)
+        for key, cotangent in bending:
+            total.addcmul_(_derivative(key, x, values, rows), (cotangent / unit)[rows, None])
+        return total
+
+    target = logp.exp()
+    own = own + target * unit * factor(target[:, None], slice(None)).squeeze(1)
+    for rows in blocks(p):
+        p[rows] *= factor(p[rows], rows) + (slope / unit)[rows, None]
+    return own, unit
+
+
+def _densify(
+    z: Tensor | None, labels: Tensor, own: Tensor, cotangents: Mapping[Key, Tensor], values: Mapping[Key, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Put the derivatives of statistics of the logits into the place of the logits; the new own, and they."""
+    dense = None
+    found = [(key, c) for key, c in cotangents.items() if key in values and named(key)[0].of == "z"]
+    for key, cotangent in found:
+        if (at_target := named(key)[0].own) is not None:
+            own = own + cotangent * at_target(values[key], named(key)[1])
+    pulled = [(key, c) for key, c in found if named(key)[0].pull is not None]
+    if pulled:
+        assert z is not None
+        for rows in blocks(z):
+            total = torch.zeros_like(z[rows])
+            for key, cotangent in pulled:
+                derivative = _derivative(key, z[rows], values, rows)
+                if named(key)[0].own is not None:
+                    derivative.scatter_(1, labels[rows, None], 0)
+                total.addcmul_(derivative, cotangent[rows, None])
+            z[rows] = total
+        dense = z
+    return own, dense
+
+
+def _derivative(key: Key, x: Tensor, values: Mapping[Key, Tensor], rows: slice) -> Tensor:
+    statistic, parameter = named(key)
+    assert statistic.pull is not None
+    own = {name: values[name][rows, None] for name in values if isinstance(name, str)}
+    return statistic.pull(x, own, parameter)
 
 
 def fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

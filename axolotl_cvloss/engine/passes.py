@@ -20,6 +20,7 @@ from .family import Family, Part
 from .gradient import LogitGradient, cotangents, softmax_
 from .sets import SetCounts, Window
 from .sources import LogitSource
+from .statistics import FACTORED, STATISTICS, Key, collect, named
 from .terms import Term
 
 
@@ -112,11 +113,17 @@ class _Pass:
     ) -> None:
         self.source, self.batch, self.gradient = source, batch, gradient
         zeros = torch.zeros(len(batch), dtype=source.dtype, device=batch.rows.labels.device)
-        # A mean over the vocabulary only where a term needs it: it reads all logits once more.
-        terms = [term for found in families.values() for term in found]
-        means = [name for name in ("mean_logit", "mean_logp") if any(t.needs(name) for t in terms)]
-        names = ["logp", "lse", *means]
-        batch.statistics = {name: zeros.clone() for name in names}
+        # Only those that a term needs: each reads all logits once more.
+        asked = {
+            t.key(name): None for found in families.values() for t in found for name in STATISTICS if t.needs(name)
+        }
+        also: dict[Key, None] = {named(key)[0].also: None for key in asked if named(key)[0].also}
+        self.collected: dict[str, list[Key]] = {"z": [], "p": []}
+        for key in {**also, **asked}:
+            self.collected[named(key)[0].of].append(key)
+        self.keeps_z = any(named(key)[0].pull for key in self.collected["z"])
+        self.elementwise = self.keeps_z or any(named(key)[0].pull for key in self.collected["p"])
+        batch.statistics = {name: zeros.clone() for name in ("logp", "lse", *also, *asked)}
         batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
         batch.gradient, batch.p_at = gradient, self.p_at
         self.largest, self.top = zeros.clone(), zeros.clone()  # as softmax_ gives them
@@ -142,7 +149,8 @@ class _Pass:
 
     def _in_two_visits(self) -> None:
         chunks, revisits = self.batch.chunks, any(part.revisits for part in self.parts)
-        mixes = self.gradient and self.source.mixes and not revisits
+        revisits = revisits or self.keeps_z
+        mixes = self.gradient and self.source.mixes and not revisits and not self.elementwise
         kept: dict[int, Tensor] = {}
         for chunk in chunks:
             p = self._visit(chunk, gradient=False)
@@ -168,20 +176,18 @@ class _Pass:
         for part in self.parts:
             part.see(chunk, logits, True, gradient)
         statistics = self.batch.statistics
-        if "mean_logit" in statistics:
-            statistics["mean_logit"][chunk.rows] = logits.mean(1)
+        for key in self.collected["z"]:
+            statistics[key][chunk.rows] = collect(key, logits, labels)
         target = logits.gather(1, labels[:, None]).squeeze(1)
-        kept = logits.clone() if self.diagnostics or "mean_logp" in statistics else logits
+        self.z = logits.clone() if self.keeps_z else None
+        kept = logits.clone() if self.diagnostics else logits
         p, largest, top = softmax_(logits)
+        for key in self.collected["p"]:
+            statistics[key][chunk.rows] = collect(key, p, labels)
         if self.diagnostics:
             self.diagnostics["accuracy"][chunk.rows] = (kept.argmax(1) == labels).to(top.dtype)
-        if kept is not logits:
-            kept.sub_(largest[:, None])
-        if "mean_logp" in statistics:
-            statistics["mean_logp"][chunk.rows] = kept.mean(1) + top
-        if self.diagnostics:
             # -sum p log p by log p of the largest and distances from it, which takes a quarter of the time.
-            kept.clamp_min_(torch.finfo(kept.dtype).min)
+            kept.sub_(largest[:, None]).clamp_min_(torch.finfo(kept.dtype).min)
             self.diagnostics["entropy"][chunk.rows] = -top - torch.einsum("nv,nv->n", p, kept)
         self.largest[chunk.rows], self.top[chunk.rows] = largest, top
         statistics["lse"][chunk.rows] = largest - top
@@ -193,6 +199,7 @@ class _Pass:
         logits = self.source.logits(chunk.rows)
         for part in self.parts:
             part.see(chunk, logits, False, True)
+        self.z = logits.clone() if self.keeps_z else None
         return torch.softmax(logits, 1, out=logits)
 
     def p_at(self, number: int, window: Window) -> Tensor:
@@ -201,7 +208,7 @@ class _Pass:
         distance = self.source.columns(rows, window.columns).sub_(self.largest[rows, None])
         return distance.add_(self.top[rows, None]).exp_()
 
-    def _evaluate(self, rows: slice) -> dict[str, Tensor]:
+    def _evaluate(self, rows: slice) -> dict[Key, Tensor]:
         """The terms on some rows; the cotangents of the statistics, and to each part those of its own."""
         statistics = {name: x[rows].detach().requires_grad_(self.gradient) for name, x in self.batch.statistics.items()}
         own = [part.leaves(rows) for part in self.parts]
@@ -216,10 +223,12 @@ class _Pass:
             part.take(rows, [next(rest) for _ in given])
         return dict(zip(statistics, found, strict=False))
 
-    def _pull(self, chunk: Chunk, p: Tensor | None, found: Mapping[str, Tensor]) -> None:
+    def _pull(self, chunk: Chunk, p: Tensor | None, found: Mapping[Key, Tensor]) -> None:
         rows = chunk.rows
         labels, logp = self.batch.rows.labels[rows], self.batch.statistics["logp"][rows]
-        gradient = LogitGradient.build(p, logp, labels, found, self._columns(chunk, p))
+        values = {key: self.batch.statistics[key][rows] for keys in self.collected.values() for key in keys}
+        cotangents = {key: x for key, x in found.items() if key in values or key in FACTORED}
+        gradient = LogitGradient.build(p, logp, labels, cotangents, self._columns(chunk, p), self.z, values)
         for part in self.parts:
             part.pull(chunk, gradient)
         self.source.pull(rows, gradient)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..rows import COMPLETION, Selector
 from .family import Family
+from .statistics import Key
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Loss:
     only_if: Mapping[str, str] = field(default_factory=dict)
     requires: str = ""
     at_once: bool = False
+    at: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -83,6 +85,11 @@ class Term:
         parameter = self.loss.only_if.get(statistic)
         return statistic in self.loss.statistics and (parameter is None or bool(self.parameters.get(parameter)))
 
-    def __call__(self, **statistics: Any) -> Tensor:
-        chosen = {name: statistics[name] if self.needs(name) else None for name in self.loss.statistics}
+    def key(self, statistic: str) -> Key:
+        """Of a statistic that the loss takes at one of its parameters, with the value of that."""
+        return (statistic, self.parameters[self.loss.at[statistic]]) if statistic in self.loss.at else statistic
+
+    def __call__(self, statistics: Mapping[Any, Any]) -> Tensor:
+        """The function of the loss on some statistics, by ``key``."""
+        chosen = {name: statistics[self.key(name)] if self.needs(name) else None for name in self.loss.statistics}
         return self.loss.function(**chosen, **self.parameters)

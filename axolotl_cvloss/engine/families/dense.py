@@ -41,7 +41,7 @@ DENSE = Family(
 
 def _value(term: Term, logits: Tensor, labels: Tensor) -> Tensor:
     probabilities = logits.softmax(1) if term.needs("probabilities") else logits
-    value = term(logits=logits, probabilities=probabilities, labels=labels)
+    value = term({"logits": logits, "probabilities": probabilities, "labels": labels})
     if value.shape not in (torch.Size(), labels.shape):
         raise ValueError(
             f"loss {term.loss.name!r} must return a scalar or one value a row, shape {tuple(labels.shape)}, "

@@ -28,7 +28,7 @@ def _on_logits(terms: Sequence[Term], logits: Tensor, batch: Batch) -> Tensor:
         target = batch.rows.aligned if term.rows == COMPLETION else everything.view_as(batch.rows.aligned)
         # The paper's training step cuts off the columns before the first labelled token of the batch.
         first = int((target != IGNORE_INDEX).any(0).nonzero()[0]) if batch.rows.shifted else 0
-        value = term(logits=logits[:, first:], labels=target[:, first:]) * batch.counts[term.rows]
+        value = term({"logits": logits[:, first:], "labels": target[:, first:]}) * batch.counts[term.rows]
         batch.report(term, value)
         loss = loss + term.weight * value / batch.denominators[term.rows]
     return loss

@@ -32,7 +32,7 @@ class RankingPart(SetPart):
     def values(self, term: Term, sets: Sets, logp: Tensor) -> Tensor:
         labelled = sets.labelled.to(logp.dtype)
         errors = sorted_errors(sets, logp, self._entries[term.name])
-        return sets.classes.mean(term(labelled=labelled, **errors))
+        return sets.classes.mean(term({"labelled": labelled, **errors}))
 
     def take(self, rows: slice, cotangents: Sequence[Tensor]) -> None:
         self._cotangents = dict(zip(self._entries, cotangents, strict=True))

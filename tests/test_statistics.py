@@ -1,0 +1,127 @@
+"""Numbers of a row from all its logits: value and gradient are those of autograd on their formulas."""
+
+import math
+
+import pytest
+import torch
+from helpers import temporary_losses
+
+from axolotl_cvloss import Objective, register_loss
+from axolotl_cvloss.engine import batch as engine_batch
+from axolotl_cvloss.engine import statistics
+
+N, H, V = 9, 5, 23
+
+# Once more, from the definitions: of the logits z (n, V), the targets y and the parameter.
+DEFINITIONS = {
+    "mean_logit": lambda z, y, a: z.mean(1),
+    "mean_logp": lambda z, y, a: z.log_softmax(1).mean(1),
+    "variance": lambda z, y, a: (z**2).mean(1) - z.mean(1) ** 2,
+    "squares": lambda z, y, a: (z**2).sum(1),
+    "target_logit": lambda z, y, a: z[torch.arange(len(z)), y],
+    "tempered_logp": lambda z, y, a: z[torch.arange(len(z)), y] / a - (z / a).logsumexp(1),
+    "entropy": lambda z, y, a: -(z.softmax(1) * z.log_softmax(1)).sum(1),
+    "collision": lambda z, y, a: (z.softmax(1) ** 2).sum(1),
+    "top_entropy": lambda z, y, a: entropy_of(z.detach().sort(1, descending=True).values[:, : int(a)]),
+    "top_mass": lambda z, y, a: z.detach().softmax(1).sort(1, descending=True).values[:, : int(a)].sum(1),
+}
+PARAMETERS = {"tempered_logp": 1.7, "top_entropy": 4.0, "top_mass": 3.0}
+
+
+def entropy_of(z):
+    return -(z.softmax(1) * z.log_softmax(1)).sum(1)
+
+
+def test_every_statistic_has_a_definition_here():
+    assert set(DEFINITIONS) == set(statistics.STATISTICS)
+
+
+def loss_of(name):
+    """A loss of one statistic beside log p, and its formula."""
+
+    def weighted(logp, number, at: float = PARAMETERS.get(name, 1.0)):
+        return number**2 * 0.1 - logp * number.tanh()
+
+    source = f"def function(logp, {name}, at: float = {PARAMETERS.get(name, 1.0)}): return weighted(logp, {name}, at)"
+    scope = {"weighted": weighted}
+    exec(source, scope)  # an argument is what a statistic is asked for by
+    return scope["function"], weighted
+
+
+def registered(name):
+    function, weighted = loss_of(name)
+    register_loss("mine", family="token", at={name: "at"} if name in PARAMETERS else None)(function)
+    return weighted
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+@pytest.mark.parametrize("others", [{}, {"lovasz": 0.5}, {"dice": 0.2, "gem": 0.3}], ids=str)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_value_and_gradient(name, others, rows, monkeypatch):
+    """Fused, in chunks, beside families of two visits and of autograd, with a trained head and with a frozen one."""
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", rows * V * 8)
+    monkeypatch.setattr(statistics, "BLOCK_BYTES", V * 8)
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (2 * torch.randn(s, H, generator=generator, dtype=torch.float64) for s in (N, V))
+    labels = torch.randint(0, V, (N,), generator=generator)
+    hidden.requires_grad_()
+    with temporary_losses():
+        weighted = registered(name)
+        objective = Objective.from_config({"mine": 0.7, **others})
+        for trained in (True, False):
+            wanted = (hidden, weight.requires_grad_()) if trained else (hidden,)
+            weight.requires_grad_(trained)
+            result = objective.from_hidden(hidden, weight, labels, shift=False)
+            found = torch.autograd.grad(result.loss, wanted)
+            z = hidden @ weight.T
+            logp = z.log_softmax(1)[torch.arange(N), labels]
+            value = weighted(logp, DEFINITIONS[name](z, labels, PARAMETERS.get(name, 1.0))).mean()
+            torch.testing.assert_close(result.terms["mine"], value.detach())
+            expected = 0.7 * value
+            if others:
+                expected = expected + Objective.from_config(others).from_logits(z, labels, shift=False).loss
+            torch.testing.assert_close(found, torch.autograd.grad(expected, wanted))
+
+
+@pytest.mark.parametrize("name", ["entropy", "collision", "tempered_logp", "variance"])
+def test_float32_loses_no_more_than_torch(name):
+    """With a common offset and confident rows, beside autograd of the formula in float32."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 8 * torch.randn(64, V, generator=generator, dtype=torch.float64) + 1000
+    labels = logits.argmax(1)
+    with temporary_losses():
+        weighted = registered(name)
+
+        def gradients(dtype):
+            leaf = logits.float().to(dtype).requires_grad_()
+            loss = Objective.from_config("mine").from_logits(leaf, labels, shift=False).loss
+            ours = torch.autograd.grad(loss, leaf)[0]
+            logp = leaf.log_softmax(1)[torch.arange(64), labels]
+            torchs = weighted(logp, DEFINITIONS[name](leaf, labels, PARAMETERS.get(name, 1.0))).mean()
+            return ours.double(), torch.autograd.grad(torchs, leaf)[0].double()
+
+        exact, _ = gradients(torch.float64)
+        ours, torchs = gradients(torch.float32)
+    largest = exact.abs().max()
+    assert (ours - exact).abs().max() <= 3 * (torchs - exact).abs().max() + largest * V * torch.finfo(torch.float32).eps
+
+
+def test_terms_share_a_statistic_and_differ_in_its_parameter():
+    def at_one(tempered_logp, temperature: float = 1.0):
+        return -tempered_logp
+
+    logits = torch.randn(N, V, dtype=torch.float64)
+    labels = torch.arange(N)
+    with temporary_losses():
+        register_loss("tempered", family="token", at={"tempered_logp": "temperature"})(at_one)
+        terms = [{"loss": "tempered", "temperature": t} for t in (1.0, 2.0, 2.0)]
+        result = Objective.from_config({"terms": terms}).from_logits(logits, labels, shift=False)
+    expected = [float(-(logits / t).log_softmax(1)[torch.arange(N), labels].mean()) for t in (1.0, 2.0, 2.0)]
+    assert [float(value) for value in result.terms.values()] == pytest.approx(expected)
+    assert math.isclose(expected[0], float(result.nll))
+
+
+@pytest.mark.parametrize("at", [{"entropy": "beta"}, {"lse": "beta"}])
+def test_a_parameter_that_is_not_there(at):
+    with pytest.raises(ValueError, match="at maps statistics of the loss to parameters of it"):
+        register_loss("mine", family="token", at=at)(lambda entropy, gamma=1.0: entropy)
