@@ -19,13 +19,15 @@ def test_equals_the_papers_code(golden, case, name, dtype):
     logits = golden[f"{case}/logits"].to(dtype, copy=True).requires_grad_()
     value = getattr(reference, name)(logits, golden[f"{case}/labels"])
     value.backward()
-    wanted, wanted_grad = golden[f"{case}/{name}/value"], golden[f"{case}/{name}/grad"]
+    wanted, wanted_grad, wanted_norm = (golden[f"{case}/{name}/{what}"] for what in ("value", "grad", "norm"))
+    grad = logits.grad.flatten(0, 1)[golden[f"{case}/rows"]].double()
     # Relative too, as generalized_dice is about 1e-22, where an absolute 1e-5 would pass for anything small.
     # The paper computes it in float32, which leaves its gradient there with two or three digits.
     torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=0)
-    torch.testing.assert_close(logits.grad.double(), wanted_grad, rtol=0, atol=1e-5)
-    loose = name == "generalized_dice" and wanted_grad.norm() < 1e-10
-    assert (logits.grad - wanted_grad).norm() <= (0.05 if loose else 1e-5) * wanted_grad.norm()
+    torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=1e-5)
+    loose = name == "generalized_dice" and wanted_norm < 1e-10
+    assert (grad - wanted_grad).norm() <= (0.05 if loose else 1e-5) * wanted_grad.norm()
+    torch.testing.assert_close(logits.grad.double().norm(), wanted_norm, rtol=0.05 if loose else 1e-5, atol=0)
 
 
 def batch(*rows):
