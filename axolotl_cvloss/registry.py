@@ -61,8 +61,8 @@ def register_loss(
         at: Statistics that are taken at a parameter of the loss, such as ``{"tempered_logp": "temperature"}``.
 
     Raises:
-        ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it, or a
-            default is out of the bounds of its annotation.
+        ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it or cannot be
+            given by its name, or a default is out of the bounds of its annotation, or a whole number without one.
     """
 
     def register(function: Function) -> Function:
@@ -79,6 +79,12 @@ def register_loss(
         hints = get_type_hints(function, include_extras=True)
         statistics, fields = [], {}
         for argument in inspect.signature(function).parameters.values():
+            if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+                starred = str(argument).split(":")[0]
+                raise ValueError(
+                    f"loss {name!r}: {starred} cannot be given by its name; write out one argument for each statistic "
+                    "and each parameter"
+                )
             if argument.default is argument.empty:
                 statistics.append(argument.name)
             else:
@@ -91,6 +97,13 @@ def register_loss(
             )
         if taken := set(fields) & {*RESERVED, *known}:
             raise ValueError(f"loss {name!r}: {', '.join(sorted(taken))} cannot be the name of a parameter")
+        for parameter, (_, default) in fields.items():
+            # A whole number is most often meant as any number, and would silently take whole numbers only.
+            if parameter not in hints and not isinstance(default, bool | float | str):
+                raise ValueError(
+                    f"loss {name!r}: {parameter}={default!r} does not say which values are allowed; write "
+                    f"{parameter}: float = ... for any number, {parameter}: int = ... for whole numbers"
+                )
         if not set(only_if or {}) <= set(statistics) or not set((only_if or {}).values()) <= set(fields):
             raise ValueError(f"loss {name!r}: only_if maps statistics of the loss to parameters of it, not {only_if}")
         if not set(at or {}) <= set(statistics) or not set((at or {}).values()) <= set(fields):
@@ -193,12 +206,14 @@ def plugin_manager() -> pluggy.PluginManager:
         for module in losses.BUILT_IN:
             manager.register(module)
         for entry in entry_points(group=hookspecs.PROJECT):
+            # Not pluggy's load_setuptools_entrypoints, which takes the first of two packages with one name for theirs.
+            package = entry.dist.name if entry.dist else entry.value
             try:
-                manager.load_setuptools_entrypoints(hookspecs.PROJECT, entry.name)
+                plugin = entry.load()
             except ImportError as error:
-                package = entry.dist.name if entry.dist else entry.value
                 error.msg = f"{package}, a package with losses, cannot be imported: {error.msg}"
                 raise
+            manager.register(plugin, name=f"{package}:{entry.name}")
         manager.check_pending()
     except BaseException:
         # The next call must fail in the same way, not over what this one has left.

@@ -269,8 +269,6 @@ def test_an_unknown_family():
         ("token", lambda logits, labels: logits),  # statistics of another family
         ("token", lambda: 1),
         ("token", lambda gamma=1.0: gamma),
-        ("token", lambda *statistics: 1),
-        ("token", lambda **statistics: 1),
         ("region", lambda intersection, union: intersection),
     ],
 )
@@ -285,6 +283,35 @@ def test_arguments_that_are_no_statistics(family, function):
 def test_parameters_with_a_name_of_the_key_or_of_a_statistic(function):
     with pytest.raises(ValueError, match="cannot be the name of a parameter"):
         register_loss("mine", family="token")(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (lambda *logp: 1, r"\*logp"),
+        (lambda logp, *more: 1, r"\*more"),
+        (lambda logp, **more: 1, r"\*\*more"),
+        (lambda logp, /: 1, "logp"),
+    ],
+)
+def test_arguments_that_cannot_be_given_by_name(function, argument):
+    with pytest.raises(ValueError, match=rf"loss 'mine': {argument} cannot be given by its name"):
+        register_loss("mine", family="token")(function)
+
+
+@pytest.mark.parametrize("default", [2, None, (1.0,)])
+def test_a_default_that_does_not_say_what_is_allowed(default):
+    """2 would allow whole numbers only, silently."""
+
+    def mine(logp, gamma=default):
+        return -logp
+
+    with pytest.raises(ValueError, match=r"loss 'mine': gamma=.* does not say which values are allowed.*gamma: float"):
+        register_loss("mine", family="token")(mine)
+    mine.__annotations__["gamma"] = float
+    if default == 2:
+        register_loss("mine", family="token")(mine)
+        CVLossConfig.parse({"mine": {"gamma": 0.5}})
 
 
 def test_a_default_out_of_bounds():
@@ -361,16 +388,19 @@ def test_a_misspelt_hook_of_a_plugin_object():
 def installed(tmp_path, monkeypatch):
     """Lay a package out on the path as pip would, with an entry point."""
 
-    def install(source):
-        (tmp_path / "strangers_losses.py").write_text(textwrap.dedent(source))
-        info = tmp_path / "strangers_losses-1.0.dist-info"
+    def install(source, module="strangers_losses"):
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+        info = tmp_path / f"{module}-1.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers-losses\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text("[axolotl_cvloss]\nstrangers = strangers_losses\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[axolotl_cvloss]\nstrangers = {module}\n")
         monkeypatch.syspath_prepend(tmp_path)
+        laid.append(module)
 
+    laid = []
     yield install
-    sys.modules.pop("strangers_losses", None)
+    for module in laid:
+        sys.modules.pop(module, None)
 
 
 def test_an_installed_package(installed, batch):
@@ -396,6 +426,20 @@ def test_an_installed_package_that_uses_the_decorator(installed, batch):
             return -3 * logp
     """)
     torch.testing.assert_close(value("strange", batch), 3 * value("cross_entropy", batch))
+
+
+def test_two_packages_with_one_name_for_their_entry_points(installed, batch):
+    for number, word in (2, "two"), (3, "three"):
+        source = f"""
+            from axolotl_cvloss import hookimpl
+
+            @hookimpl
+            def cvloss_register_losses(register):
+                register("times_{word}", family="token")(lambda logp: -{number} * logp)
+        """
+        installed(source, f"losses_times_{word}")
+    both = value({"times_two": 1.0, "times_three": 1.0}, batch)
+    torch.testing.assert_close(both, 5 * value("cross_entropy", batch))
 
 
 @pytest.mark.parametrize(

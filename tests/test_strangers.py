@@ -28,6 +28,7 @@ def result(key, **more):
         ("region", lambda intersection, labelled: 1 - intersection.detach() / labelled),
         ("document", lambda logp: -logp.detach().mean()),
         ("ranking", lambda errors, labelled: labelled * errors.detach().sum()),
+        ("dense", lambda probabilities, labels: (probabilities.argmax(1) != labels).to(probabilities.dtype)),
     ],
 )
 @pytest.mark.parametrize("beside", [{}, {"cross_entropy": 1.0}], ids=["alone", "beside another"])
@@ -40,13 +41,34 @@ def test_a_value_that_does_not_depend_on_the_logits(family, function, beside):
 
 
 @pytest.mark.parametrize(("given", "said"), [(None, "NoneType"), (1.0, "float")])
-@pytest.mark.parametrize(("family", "statistic"), [("token", "logp"), ("document", "logp"), ("region", "intersection")])
+@pytest.mark.parametrize(
+    ("family", "statistic"),
+    [
+        *(("token", "logp"), ("document", "logp"), ("region", "intersection")),
+        *(("row", "logits"), ("dense", "logits"), ("ranking", "errors")),
+    ],
+)
 def test_no_tensor(family, statistic, given, said):
     namespace = {"given": given}
     exec(f"def function({statistic}): return given", namespace)
     register_loss("odd", family=family)(namespace["function"])
     with pytest.raises(ValueError, match=rf"loss 'odd' must return .*, not {said}"):
         result("odd")
+
+
+@pytest.mark.parametrize(
+    ("family", "function", "allowed"),
+    [
+        ("document", lambda logp: -logp, "a scalar"),
+        ("ranking", lambda errors: errors.sum(), r"one value a class, shape \(4,\)"),
+        ("document", lambda logp, rows: -logp, r"one value a set, shape \(2,\)"),
+        ("dense", lambda logits, labels: logits, r"a scalar or one value a row, shape \(\d,\)"),
+    ],
+)
+def test_too_many_values(family, function, allowed):
+    register_loss("many", family=family)(function)
+    with pytest.raises(ValueError, match=rf"loss 'many' must return {allowed}, not \("):
+        result("many", position_ids=torch.tensor([0, 1, 2, 0, 1]))
 
 
 def test_the_second_use_of_a_loss_never_has_the_name_of_another_loss():

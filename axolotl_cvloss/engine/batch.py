@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..rows import Rows, Selector
 from . import ranks
+from .family import checked
 from .sets import Sets, Window
 from .statistics import Key
 from .terms import Term
@@ -104,12 +105,7 @@ class Batch:
     def row_total(self, term: Term, rows: slice, statistics: Mapping[Any, Tensor], report: bool = True) -> Tensor:
         """The weighted sum of a term that has one value a row, over some rows."""
         mask = self.rows.scopes[term.rows][rows]
-        values = term(statistics)
-        if not isinstance(values, Tensor) or values.shape != mask.shape:
-            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"loss {term.loss.name!r} must return one value a row, shape {tuple(mask.shape)}, not {given}"
-            )
+        values = checked(term, term(statistics), {"one value a row": mask.shape})
         self.demand_gradient(term, values)
         if self.rows.weights is not None:
             values = values * self.rows.weights[rows]

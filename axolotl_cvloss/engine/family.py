@@ -130,10 +130,9 @@ def of_each_set(
     """
     segments = {"classes": sets.classes, "rows": sets.rows}
     if term.loss.at_once or any(term.needs(name) for name in segments):
-        value = term({**by_class, **by_row, **segments})
-        if a_class and value.shape == sets.pair_class.shape:
-            return sets.classes.mean(value)
-        return _checked(term, value, {"one value a set": (len(sets),)})
+        at_once = {"one value a set": (len(sets),)} | ({"one value a class": sets.pair_class.shape} if a_class else {})
+        value = checked(term, term({**by_class, **by_row, **segments}), at_once)
+        return sets.classes.mean(value) if a_class and value.shape == sets.pair_class.shape else value
     by_class = {name: x for name, x in by_class.items() if term.needs(name)}
     by_row = {name: x for name, x in by_row.items() if term.needs(name)}
     found, order = [], []
@@ -149,7 +148,7 @@ def _batched(term: Term, statistics: Mapping[str, Tensor], allowed: Mapping[str,
     """The values (G,) of a loss of one set for G sets of equal size, from statistics (G, n)."""
 
     def one(*values: Tensor) -> Tensor:
-        return _checked(term, term(dict(zip(statistics, values, strict=True))), allowed).mean()
+        return checked(term, term(dict(zip(statistics, values, strict=True))), allowed).mean()
 
     given = list(statistics.values())
     if len(given[0]) > 1 and term.loss.function not in _LOOPED:
@@ -167,7 +166,8 @@ def _batched(term: Term, statistics: Mapping[str, Tensor], allowed: Mapping[str,
 _LOOPED: set[Any] = set()  # functions that torch.vmap cannot follow
 
 
-def _checked(term: Term, value: Any, allowed: Mapping[str, tuple[int, ...]]) -> Tensor:
+def checked(term: Term, value: Any, allowed: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """The value that a loss has returned, where it is a tensor of an allowed shape; ValueError elsewhere."""
     if not isinstance(value, Tensor) or tuple(value.shape) not in [tuple(shape) for shape in allowed.values()]:
         words = " or ".join(f"{what}, shape {tuple(shape)}" if shape else what for what, shape in allowed.items())
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..family import Family
+from ..family import Family, checked
 from ..gradient import statistics_dtype
 from ..terms import Term
 
@@ -14,6 +14,7 @@ from ..terms import Term
 def _on_logits(terms: Sequence[Term], logits: Tensor, batch: Batch) -> Tensor:
     flat = logits.reshape(-1, logits.shape[-1])
     loss = flat[:0].sum()
+    batch.gradient = logits.requires_grad  # so far it said what the terms of other families want
     for term in terms:
         sets = batch.sets(term)
         sizes = sets.rows.sizes.tolist()
@@ -42,9 +43,4 @@ DENSE = Family(
 def _value(term: Term, logits: Tensor, labels: Tensor) -> Tensor:
     probabilities = logits.softmax(1) if term.needs("probabilities") else logits
     value = term({"logits": logits, "probabilities": probabilities, "labels": labels})
-    if value.shape not in (torch.Size(), labels.shape):
-        raise ValueError(
-            f"loss {term.loss.name!r} must return a scalar or one value a row, shape {tuple(labels.shape)}, "
-            f"not {tuple(value.shape)}"
-        )
-    return value.mean()
+    return checked(term, value, {"a scalar": (), "one value a row": labels.shape}).mean()

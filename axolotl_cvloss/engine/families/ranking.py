@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..batch import Chunk, Group
 from ..entries import Entries, collect_entries, sorted_errors
-from ..family import Family, SetPart
+from ..family import Family, SetPart, checked
 from ..sets import Sets, Window
 from ..terms import Term
 
@@ -32,7 +32,8 @@ class RankingPart(SetPart):
     def values(self, term: Term, sets: Sets, logp: Tensor) -> Tensor:
         labelled = sets.labelled.to(logp.dtype)
         errors = sorted_errors(sets, logp, self._entries[term.name])
-        return sets.classes.mean(term({"labelled": labelled, **errors}))
+        value = term({"labelled": labelled, **errors})
+        return sets.classes.mean(checked(term, value, {"one value a class": labelled.shape}))
 
     def take(self, rows: slice, cotangents: Sequence[Tensor]) -> None:
         self._cotangents = dict(zip(self._entries, cotangents, strict=True))
