@@ -98,10 +98,14 @@ def inspected(
             trial = _on_own_logits(run, _made_up_labels(attention_mask, labels.shape[1], 0))
     if trial.failed:
         verdict = replace(verdict, unknown=f"its forward fails with made-up labels ({trial.failed})")
-    elif trial.comparable:
-        verdict = replace(verdict, other_loss=_difference(trial, added))
-    elif trial.outputs.get("loss") is not None:
+    elif (own := trial.outputs.get("loss")) is None:
+        pass
+    elif not trial.comparable:
         verdict = replace(verdict, unknown="its logits are not in line with its labels")
+    elif own.isnan().any():
+        verdict = replace(verdict, unknown="it is NaN")
+    else:
+        verdict = replace(verdict, other_loss=_difference(trial, added))
     if not everywhere(not verdict.unfusable, labels.device):
         verdict = replace(verdict, unfusable=verdict.unfusable or ANOTHER)
     if not everywhere(not verdict.other_loss, labels.device):
@@ -117,7 +121,8 @@ def processed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 def agree(seen: Tensor, expected: Tensor) -> bool:
     """They differ by the rounding of a few operations."""
     eps = max(torch.finfo(t.dtype).eps for t in (seen, expected))
-    return torch.allclose(seen.double(), expected.double(), rtol=16 * eps, atol=0)
+    # Not every device has float64.
+    return torch.allclose(seen.cpu().double(), expected.cpu().double(), rtol=16 * eps, atol=0)
 
 
 def telling(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ def _fit(made: Tensor, seen: Tensor | None) -> tuple[float, float | None] | None
     """The scale and the softcap that a model applied to made-up logits, or None where it did anything else."""
     if seen is None or seen.shape != made.shape:
         return None
-    scale = float((seen[0, 0].double() / made[0, 0].double()).mean())
+    scale = float((seen[0, 0].cpu().double() / made[0, 0].cpu().double()).mean())
     largest = float(seen[0, 1, 0].abs())
     softcap = largest if largest < abs(scale) * LARGE / 2 else None
     return (scale, softcap) if scale and agree(seen, processed(made, scale, softcap)) else None
@@ -222,10 +227,8 @@ def _fit(made: Tensor, seen: Tensor | None) -> tuple[float, float | None] | None
 
 def _difference(trial: _Trial, added: Added) -> str:
     """How the loss of a model differs from the mean cross-entropy of each next token and what is known to be added."""
-    own, logits, labels = trial.outputs.get("loss"), trial.outputs.logits, trial.labels
+    own, logits, labels = trial.outputs.loss, trial.outputs.logits, trial.labels
     assert labels is not None
-    if own is None:
-        return ""
     logits = logits.to(statistics_dtype(logits.dtype))
     more = added(trial.outputs, logits.device)
     labels = labels.to(logits.device)
@@ -233,13 +236,14 @@ def _difference(trial: _Trial, added: Added) -> str:
     aligned = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + more
     eps = torch.finfo(logits.dtype).eps, torch.finfo(own.dtype).eps
     # Sums over the vocabulary on both sides, and the rounding of the loss.
-    same = partial(torch.allclose, rtol=64 * eps[0] + 4 * eps[1], atol=0, equal_nan=True)
-    if own.numel() == 1 and same(own.double().view(()), shifted.double()):
+    same = partial(torch.allclose, rtol=64 * eps[0] + 4 * eps[1], atol=0)
+    if own.numel() == 1 and same(own.cpu().double().view(()), shifted.cpu().double()):
         return ""
-    if own.numel() == 1 and same(own.double().view(()), aligned.double()):
+    if own.numel() == 1 and same(own.cpu().double().view(()), aligned.cpu().double()):
         return "it takes labels to be in line with the logits, without a shift, as the decoders of encoder-decoders do"
     values = f"{own.tolist():.6g}" if own.numel() == 1 else f"of shape {tuple(own.shape)}"
     return (
         f"on made-up logits its own loss is {values}, where the mean cross-entropy of each next token is "
-        f"{float(shifted):.6g}: it adds something that it does not tell, weighs rows, or leaves some out"
+        f"{float(shifted):.6g}: it adds something that it does not tell, weighs rows, or leaves some out; "
+        "where the config has a coefficient of what is added, set that to 0"
     )

@@ -215,8 +215,7 @@ class Installation:
             if verdict.other_loss:
                 raise RuntimeError(
                     f"cv_loss: {name} cannot be trained: {verdict.other_loss}. An objective takes the place of the "
-                    "mean cross-entropy of each next token; where the config has a coefficient of what is added, set "
-                    "that to 0"
+                    "mean cross-entropy of each next token"
                 )
             if verdict.unknown:
                 logger.warning(

@@ -5,6 +5,8 @@ import torch
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -86,3 +88,15 @@ def test_images(make):
     same(step(make, {"cross_entropy": 1.0}), step(make))
     mix = {"cross_entropy": 0.6, "lovasz": 0.4}
     same(step(make, mix), step(make, mix, "logits"))
+
+
+@pytest.mark.parametrize("head", ["auto", "logits"])
+def test_images_that_have_no_place_among_the_labels_are_an_error_that_says_so(head):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {name: size for name, size in TEXT.items() if name not in ("num_key_value_heads", "head_dim")}
+    model = GitForCausalLM(GitConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, **text)).train()
+    install(model, Objective.from_config({"terms": [{"loss": "lovasz"}], "head": head}))
+    ids = torch.randint(3, 80, (2, 12))
+    match = r"GitForCausalLM returns logits of the shape \(2, 17, 97\) for labels of \(2, 12\).*images that the model"
+    with pytest.raises(ValueError, match=match):
+        model(input_ids=ids, labels=ids, pixel_values=torch.randn(2, 3, 16, 16))
