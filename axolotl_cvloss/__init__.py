@@ -7,30 +7,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; ``_HOME`` says the same to Python
-    from .config import ConfigError as ConfigError
-    from .hookspecs import hookimpl as hookimpl
     from .hosts.axolotl import CVLossPlugin as CVLossPlugin
     from .hosts.transformers import attach as attach
     from .hosts.trl import CVLossSFTConfig as CVLossSFTConfig
     from .hosts.trl import CVLossSFTTrainer as CVLossSFTTrainer
-    from .installation import install as install
-    from .installation import uninstall as uninstall
-    from .objective import Objective as Objective
-    from .objective import ObjectiveResult as ObjectiveResult
-    from .registry import available_losses as available_losses
-    from .registry import register_loss as register_loss
+    from .losses.hookspecs import hookimpl as hookimpl
+    from .losses.registry import available_losses as available_losses
+    from .losses.registry import register_loss as register_loss
+    from .model.installation import install as install
+    from .model.installation import uninstall as uninstall
+    from .objective.config import ConfigError as ConfigError
+    from .objective.objective import Objective as Objective
+    from .objective.objective import ObjectiveResult as ObjectiveResult
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "ConfigError": "config",
-    "Objective": "objective",
-    "ObjectiveResult": "objective",
-    "install": "installation",
-    "uninstall": "installation",
-    "register_loss": "registry",
-    "available_losses": "registry",
-    "hookimpl": "hookspecs",
+    "ConfigError": "objective.config",
+    "Objective": "objective.objective",
+    "ObjectiveResult": "objective.objective",
+    "install": "model.installation",
+    "uninstall": "model.installation",
+    "register_loss": "losses.registry",
+    "available_losses": "losses.registry",
+    "hookimpl": "losses.hookspecs",
     "attach": "hosts.transformers",
     "CVLossPlugin": "hosts.axolotl",
     "CVLossSFTConfig": "hosts.trl",

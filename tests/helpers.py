@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from naive import COUNTS, NAIVE
 
-from axolotl_cvloss import registry
+from axolotl_cvloss.losses import registry
 
 IGNORE = -100
 HOSTS_PAGE = Path(__file__).parents[1] / "docs" / "hosts.md"

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from helpers import temporary_losses
 
 from axolotl_cvloss import Objective, available_losses, register_loss
-from axolotl_cvloss.checking import HOSTS
-from axolotl_cvloss.cli import cli
-from axolotl_cvloss.config import CVLossConfig
+from axolotl_cvloss.command.checking import HOSTS
+from axolotl_cvloss.command.cli import cli
 from axolotl_cvloss.engine.families import FAMILIES
 from axolotl_cvloss.hosts.axolotl_keys import CONFLICTS, LISTED, PARALLEL, SAVERS
+from axolotl_cvloss.objective.config import CVLossConfig
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted(path for path in (REPOSITORY / "example_configs").glob("*.yaml") if ".sweep" not in path.name)
@@ -439,7 +439,7 @@ def test_score_of_a_broken_file(tmp_path):
 
 
 def test_help_is_quick():
-    script = "import sys; from axolotl_cvloss.cli import cli; cli(['check', '--help'], standalone_mode=False); "
+    script = "import sys; from axolotl_cvloss.command.cli import cli; cli(['check', '--help'], standalone_mode=False); "
     command = [sys.executable, "-c", script + "print(*sys.modules)"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert not {"torch", "pydantic", "rich", "axolotl"} & set(printed.splitlines()[-1].split())

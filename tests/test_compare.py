@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from axolotl_cvloss import available_losses
-from axolotl_cvloss.compare import command, plan, report, running
-from axolotl_cvloss.compare.statistics import bootstrap, holm, paired, verdict
+from axolotl_cvloss.command.compare import command, plan, report, running
+from axolotl_cvloss.command.compare.statistics import bootstrap, holm, paired, verdict
 
 
 def test_paired_t_by_hand():

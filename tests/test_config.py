@@ -8,7 +8,7 @@ import yaml
 from helpers import temporary_losses
 
 from axolotl_cvloss import available_losses, register_loss
-from axolotl_cvloss.config import MOST_PROBLEMS, ConfigError, CVLossConfig, TermConfig
+from axolotl_cvloss.objective.config import MOST_PROBLEMS, ConfigError, CVLossConfig, TermConfig
 
 LOSSES = available_losses()
 NAMES = ", ".join(LOSSES)

@@ -6,7 +6,7 @@ from helpers import BATCHES, make_batch, naive_loss, temporary_losses
 from naive import NAIVE
 
 from axolotl_cvloss import Objective, register_loss
-from axolotl_cvloss.config import ConfigError
+from axolotl_cvloss.objective.config import ConfigError
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from helpers import temporary_losses
 
 from axolotl_cvloss import available_losses, register_loss
-from axolotl_cvloss.cli import cli
-from axolotl_cvloss.config import ConfigError, CVLossConfig
+from axolotl_cvloss.command.cli import cli
+from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"

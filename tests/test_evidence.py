@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from axolotl_cvloss.compare import report
-from axolotl_cvloss.compare.running import read_lines
+from axolotl_cvloss.command.compare import report
+from axolotl_cvloss.command.compare.running import read_lines
 
 EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
 FOLDERS = sorted(path.parent for path in EVIDENCE.glob("results/*/runs.jsonl"))

@@ -8,10 +8,11 @@ import torch
 from family_of_margins import MARGIN, hinge
 from helpers import temporary_losses
 
-from axolotl_cvloss import Objective, available_losses, register_loss, registry
+from axolotl_cvloss import Objective, available_losses, register_loss
 from axolotl_cvloss.engine import batch as engine_batch
 from axolotl_cvloss.engine.families import FAMILIES
-from axolotl_cvloss.registry import register_family
+from axolotl_cvloss.losses import registry
+from axolotl_cvloss.losses.registry import register_family
 
 B, T, H, V = 2, 11, 5, 13
 

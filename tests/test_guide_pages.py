@@ -9,10 +9,11 @@ import pytest
 import yaml
 from helpers import temporary_losses
 
-from axolotl_cvloss import available_losses, hookspecs, register_loss
-from axolotl_cvloss.config import ConfigError, CVLossConfig
+from axolotl_cvloss import available_losses, register_loss
 from axolotl_cvloss.engine.families import FAMILIES
-from axolotl_cvloss.registry import plugin_manager
+from axolotl_cvloss.losses import hookspecs
+from axolotl_cvloss.losses.registry import plugin_manager
+from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 TROUBLE = DOCS / "troubleshooting.md"

@@ -6,10 +6,10 @@ from helpers import DIGITS, KNOWN, NUMBER_LOSSES, Tokenizer, dropped_naive, make
 from naive import COUNTS, NAIVE, NUMBERS
 
 from axolotl_cvloss import Objective
-from axolotl_cvloss.config import ConfigError, CVLossConfig
 from axolotl_cvloss.engine import batch as engine_batch
-from axolotl_cvloss.rows import Goldfish, Selector, select_rows
-from axolotl_cvloss.vocabulary import count_labels, number_tokens, rarity
+from axolotl_cvloss.engine.rows import Goldfish, Selector, select_rows
+from axolotl_cvloss.engine.vocabulary import count_labels, number_tokens, rarity
+from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

@@ -10,8 +10,8 @@ from helpers import make_batch, temporary_losses
 from naive import NAIVE
 
 from axolotl_cvloss import Objective, available_losses, register_loss
-from axolotl_cvloss.config import ConfigError
 from axolotl_cvloss.losses import row
+from axolotl_cvloss.objective.config import ConfigError
 
 
 def evaluate(key, logits, labels):

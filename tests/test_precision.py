@@ -9,7 +9,7 @@ from helpers import KNOWN
 
 from axolotl_cvloss import Objective, available_losses
 from axolotl_cvloss.engine.gradient import LogitGradient
-from axolotl_cvloss.numerics import log_one_minus_exp, one_minus_exp
+from axolotl_cvloss.engine.numerics import log_one_minus_exp, one_minus_exp
 
 EPS = torch.finfo(torch.float32).eps
 TOKEN = [name for name, loss in available_losses().items() if loss.family == "token" and loss.built_in]

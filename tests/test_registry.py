@@ -10,10 +10,11 @@ import torch
 from annotated_types import Ge, Le
 from pydantic import Field
 
-from axolotl_cvloss import Objective, available_losses, hookimpl, register_loss, registry
-from axolotl_cvloss.config import ConfigError, CVLossConfig
+from axolotl_cvloss import Objective, available_losses, hookimpl, register_loss
 from axolotl_cvloss.engine.families import FAMILIES
-from axolotl_cvloss.registry import get_loss, plugin_manager
+from axolotl_cvloss.losses import registry
+from axolotl_cvloss.losses.registry import get_loss, plugin_manager
+from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 N, VOCAB = 9, 5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import BATCHES, make_batch
 
-from axolotl_cvloss.rows import COMPLETION, SEQUENCE, Selector, aligned_labels, select_rows
+from axolotl_cvloss.engine.rows import COMPLETION, SEQUENCE, Selector, aligned_labels, select_rows
 
 X = -100
 BOTH = (COMPLETION, SEQUENCE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from axolotl_cvloss import Objective
-from axolotl_cvloss.config import ConfigError, CVLossConfig
+from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 RISING = {"from": 0.0, "to": 0.4, "over": 0.3}
 

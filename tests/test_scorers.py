@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from axolotl_cvloss.cli import cli
-from axolotl_cvloss.scorers import score_file, score_pairs
+from axolotl_cvloss.command.cli import cli
+from axolotl_cvloss.command.scorers import score_file, score_pairs
 
 
 def exact(name, prediction, reference):

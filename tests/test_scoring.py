@@ -8,8 +8,16 @@ from fractions import Fraction
 
 import pytest
 
-from axolotl_cvloss import scoring
-from axolotl_cvloss.scoring import canonical, equivalent, final_number, formulas, last_number, letter, score_example
+from axolotl_cvloss.command import scoring
+from axolotl_cvloss.command.scoring import (
+    canonical,
+    equivalent,
+    final_number,
+    formulas,
+    last_number,
+    letter,
+    score_example,
+)
 
 
 @pytest.mark.parametrize(
@@ -398,5 +406,5 @@ def test_every_metric_is_described():
 
 
 def test_scoring_needs_no_torch():
-    code = "import sys, axolotl_cvloss.scoring; sys.exit('torch' in sys.modules)"
+    code = "import sys, axolotl_cvloss.command.scoring; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"], check=True)

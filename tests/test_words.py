@@ -3,8 +3,8 @@
 import pytest
 
 import axolotl_cvloss
-from axolotl_cvloss.checking import check
-from axolotl_cvloss.config import ConfigError, CVLossConfig
+from axolotl_cvloss.command.checking import check
+from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 AXOLOTL = {"base_model": "some/model", "plugins": ["axolotl_cvloss.CVLossPlugin"]}
 

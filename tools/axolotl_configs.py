@@ -21,7 +21,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
-from axolotl_cvloss.checking import PLUGIN
+from axolotl_cvloss.command.checking import PLUGIN
 from axolotl_cvloss.hosts.axolotl_keys import CONFLICTS, PARALLEL, savers
 
 MIX = {"cross_entropy": 0.6, "lovasz": 0.4}

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from axolotl_cvloss import available_losses
-from axolotl_cvloss.curves import Curve, NotACurve, curve, save
-from axolotl_cvloss.descriptions import VISIT, described, plain
+from axolotl_cvloss.command.curves import Curve, NotACurve, curve, save
+from axolotl_cvloss.command.descriptions import VISIT, described, plain
 from axolotl_cvloss.engine.families import FAMILIES
 from axolotl_cvloss.engine.terms import Loss
 

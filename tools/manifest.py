@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from axolotl_cvloss import __version__, available_losses
-from axolotl_cvloss.config import KEY, CVLossConfig, TermConfig
-from axolotl_cvloss.hookspecs import PROJECT
 from axolotl_cvloss.hosts.axolotl import CVLossArgs, CVLossPlugin
+from axolotl_cvloss.losses.hookspecs import PROJECT
+from axolotl_cvloss.objective.config import KEY, CVLossConfig, TermConfig
 
 PATH = Path(__file__).parent.parent / "plugin.yaml"
 HOSTS = ("axolotl", "transformers", "trl", "accelerate", "peft", "torch")

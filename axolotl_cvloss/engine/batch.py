@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Rows, Selector
 from . import ranks
 from .family import checked
+from .rows import Rows, Selector
 from .sets import Sets, Window
 from .statistics import Key
 from .terms import Term

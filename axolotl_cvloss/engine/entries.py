@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import one_minus_exp
 from . import ranks
+from .numerics import one_minus_exp
 from .sets import Sets, Window
 
 

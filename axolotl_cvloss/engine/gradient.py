@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..numerics import one_minus_exp
+from .numerics import one_minus_exp
 from .sets import Window
 from .statistics import FACTORED, Key, blocks, named
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import COMPLETION
 from .batch import Batch, Chunk
 from .family import Family, Part
 from .gradient import LogitGradient, cotangents, softmax_
+from .rows import COMPLETION
 from .sets import SetCounts, Window
 from .sources import LogitSource
 from .statistics import FACTORED, STATISTICS, Key, collect, named

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 from torch import Tensor
 
-from ..rows import COMPLETION, Selector
 from .family import Family
+from .rows import COMPLETION, Selector
 from .statistics import Key
 
 

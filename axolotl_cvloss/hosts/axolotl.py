@@ -8,9 +8,9 @@ try:
     from axolotl.utils.logging import get_logger
     from pydantic import BaseModel, Field, model_validator
 
-    from ..config import KEY, CVLossConfig
-    from ..installation import install, installation
-    from ..objective import Objective
+    from ..model.installation import install, installation
+    from ..objective.config import KEY, CVLossConfig
+    from ..objective.objective import Objective
     from .axolotl_keys import MAMBA, conflicts, misspelt, on_command_line, savers, spell_out
     from .transformers import ObjectiveTrainer, connect
 except ImportError as error:

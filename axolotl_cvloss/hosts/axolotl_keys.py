@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from ..config import KEY
-from ..registry import available_losses
+from ..losses.registry import available_losses
+from ..objective.config import KEY
 
 ValueOf = Callable[[str], Any]
 

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..engine.rows import COMPLETION
 from ..engine.sets import SetCounts
-from ..installation import Evaluation, Installation, installation
-from ..objective import Objective, ObjectiveResult
-from ..rows import COMPLETION
-from ..vocabulary import count_labels
+from ..engine.vocabulary import count_labels
+from ..model.installation import Evaluation, Installation, installation
+from ..objective.objective import Objective, ObjectiveResult
 from .example_weights import WeightCollator
 from .trl_keys import parallel, savers
 from .virtual_tokens import conflicts, virtual_tokens, with_virtual_tokens

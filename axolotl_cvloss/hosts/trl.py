@@ -18,9 +18,9 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
-from ..config import KEY, ConfigError, CVLossConfig
-from ..installation import install
-from ..objective import Objective
+from ..model.installation import install
+from ..objective.config import KEY, ConfigError, CVLossConfig
+from ..objective.objective import Objective
 from .transformers import ObjectiveTrainer, attach, switch_off
 from .trl_keys import conflicts, parallel
 

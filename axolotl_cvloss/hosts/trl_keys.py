@@ -6,7 +6,7 @@ Imports no host: anybody can check a config.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import KEY
+from ..objective.config import KEY
 
 # Liger's ways to compute cross-entropy, and whether each is on where nothing is said of it. They say nothing of the
 # objective, so they are switched off; its other kernels stay.

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from ..config import CVLossConfig
-from ..rows import IGNORE_INDEX
+from ..engine.rows import IGNORE_INDEX
+from ..objective.config import CVLossConfig
 
 # They stand in the cache of keys and values, before no token of the batch and no label.
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")

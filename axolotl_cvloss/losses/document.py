@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..engine.numerics import log_one_minus_exp
 from ..engine.segments import Segments
-from ..hookspecs import hookimpl
-from ..numerics import log_one_minus_exp
 from .bounds import Number, PositiveFraction
+from .hookspecs import hookimpl
 
 
 def topk_cross_entropy(logp: Tensor, rows: Segments, k: PositiveFraction = 0.1) -> Tensor:

@@ -11,8 +11,8 @@ counts with its own value, wherever it stands in a longer number.
 
 from torch import Tensor
 
-from ..hookspecs import hookimpl
 from .bounds import Number
+from .hookspecs import hookimpl
 
 
 def number_token_wasserstein(number_logits: Tensor, values: Tensor, target: Tensor, max_digits: Number = 1) -> Tensor:

@@ -7,9 +7,9 @@ the errors that can matter: those at or above the smallest error among the rows 
 import torch
 from torch import Tensor
 
-from ..hookspecs import hookimpl
 from . import reference
 from .bounds import Fraction
+from .hookspecs import hookimpl
 
 
 def lovasz(errors: Tensor, foreground: Tensor, segment: Tensor, labelled: Tensor, tolerance: Fraction = 0.0) -> Tensor:

@@ -12,9 +12,9 @@ All of them are bounded, and flat where the model is far off, so mix them with c
 from torch import Tensor
 
 from ..engine.segments import Segments
-from ..hookspecs import hookimpl
 from . import reference
 from .bounds import Fraction, NonNegative, Positive, PositiveFraction
+from .hookspecs import hookimpl
 from .token import _tiny, focal
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..hookspecs import hookimpl
 from .bounds import Fraction, NonNegative, NumberFrom2, Positive, PositiveFraction
+from .hookspecs import hookimpl
 from .token import focal
 
 CONSTANT = 1e-6  # variance below which a row of logits counts as constant

@@ -9,10 +9,10 @@ depends on how much the model knows already and on how clean the data are.
 import torch
 from torch import Tensor
 
-from ..hookspecs import hookimpl
-from ..numerics import one_minus_exp
+from ..engine.numerics import one_minus_exp
 from . import reference
 from .bounds import AtLeastMinus1, Fraction, FractionBelow1, NonNegative, Positive, PositiveFraction
+from .hookspecs import hookimpl
 
 
 def cross_entropy(logp: Tensor, mean_logp: Tensor | None, label_smoothing: Fraction = 0.0) -> Tensor:

@@ -5,8 +5,8 @@ python benchmarks/evidence/page.py
 
 from pathlib import Path
 
-from axolotl_cvloss.compare.report import markdown, summarize, summary
-from axolotl_cvloss.compare.running import read_lines
+from axolotl_cvloss.command.compare.report import markdown, summarize, summary
+from axolotl_cvloss.command.compare.running import read_lines
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
+from axolotl_cvloss.command.scoring import TASKS
 from axolotl_cvloss.hosts.axolotl_prompts import Example, Row
-from axolotl_cvloss.scoring import TASKS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "example_configs"
 # What a split is called in file names and on the hub. The rows of HellaSwag's test split have no labels: its validation

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from axolotl_cvloss.compare.running import read_lines
-from axolotl_cvloss.compare.statistics import mean_and_error, paired
+from axolotl_cvloss.command.compare.running import read_lines
+from axolotl_cvloss.command.compare.statistics import mean_and_error, paired
 
 CROSS_ENTROPY = "cross_entropy"
 PAPER = ("focal", "generalized_dice", "self_adjusting_dice", "lovasz")  # the four that the paper compares with it

@@ -8,7 +8,7 @@ import torch
 from helpers import Batch, naive_loss
 from one_step import ROWS, make_model, make_rows, padded
 
-from axolotl_cvloss.vocabulary import count_labels
+from axolotl_cvloss.engine.vocabulary import count_labels
 
 WEIGHTS = {"example_weights": "importance"}
 MIX = [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}]

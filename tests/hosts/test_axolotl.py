@@ -209,8 +209,8 @@ def test_broken_installation_stops_the_plugin_manager(name, manager, monkeypatch
 
     monkeypatch.delitem(vars(axolotl_cvloss), "CVLossPlugin", raising=False)
     monkeypatch.delitem(sys.modules, "axolotl_cvloss.hosts.axolotl", raising=False)
-    monkeypatch.setitem(sys.modules, "axolotl_cvloss.objective", None)  # what a missing dependency does
-    monkeypatch.delitem(sys.modules, "axolotl_cvloss.installation", raising=False)
+    monkeypatch.setitem(sys.modules, "axolotl_cvloss.objective.objective", None)  # what a missing dependency does
+    monkeypatch.delitem(sys.modules, "axolotl_cvloss.model.installation", raising=False)
     with pytest.raises(RuntimeError, match="CVLossPlugin cannot be loaded, so the run stops here"):
         manager.register(name)
 

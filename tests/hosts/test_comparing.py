@@ -21,8 +21,8 @@ pytest.importorskip("trl")
 import trl
 
 from axolotl_cvloss import Objective
-from axolotl_cvloss.cli import cli
-from axolotl_cvloss.compare import predict, rows
+from axolotl_cvloss.command.cli import cli
+from axolotl_cvloss.command.compare import predict, rows
 
 COMMAND = Path(sys.executable).with_name("cvloss")
 EPS = torch.finfo(torch.float32).eps

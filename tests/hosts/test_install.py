@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from axolotl_cvloss import Objective, install, uninstall
-from axolotl_cvloss.installation import Evaluation, installation
+from axolotl_cvloss.model.installation import Evaluation, installation
 
 MIX = {"cross_entropy": 0.6, "lovasz": 0.4}
 HEADS = ("fused", "logits")

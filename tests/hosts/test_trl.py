@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from axolotl_cvloss import CVLossSFTConfig, CVLossSFTTrainer, Objective, attach, install
 from axolotl_cvloss.hosts import trl_cli
-from axolotl_cvloss.installation import installation
+from axolotl_cvloss.model.installation import installation
 
 COMMAND = Path(sys.executable).with_name("cvloss-sft")
 EXAMPLES = Path(__file__).parents[2] / "example_configs"

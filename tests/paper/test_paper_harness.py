@@ -56,8 +56,8 @@ def test_the_harness_gives_the_same_scores(name, split, rows, untrained, tmp_pat
     import prepare
     from transformers import AutoTokenizer
 
-    from axolotl_cvloss.compare import predict
-    from axolotl_cvloss.scorers import score_pairs
+    from axolotl_cvloss.command.compare import predict
+    from axolotl_cvloss.command.scorers import score_pairs
 
     example = prepare.example_of(prepare.recipe_of(name))
     pairs = [pair for pair in map(example, rows) if pair]

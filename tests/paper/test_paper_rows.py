@@ -9,8 +9,8 @@ import pytest
 import yaml
 from experiment import FOLDER, gsm8k, hellaswag, mathqa, openbookqa, write
 
-from axolotl_cvloss.config import CVLossConfig
-from axolotl_cvloss.scorers import score_pairs
+from axolotl_cvloss.command.scorers import score_pairs
+from axolotl_cvloss.objective.config import CVLossConfig
 
 SHARED = FOLDER.parents[2] / "shared" / "data"  # real rows of three of the datasets, where somebody has put them
 
@@ -83,7 +83,7 @@ def test_axolotl_accepts_the_configs():
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    from axolotl_cvloss.compare import plan
+    from axolotl_cvloss.command.compare import plan
 
     objectives = yaml.safe_load((FOLDER / "objectives.yaml").read_text())
     machine = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}

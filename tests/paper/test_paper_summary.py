@@ -3,8 +3,8 @@
 import pytest
 from experiment import FOLDER
 
-from axolotl_cvloss.compare.plan import choose_rate
-from axolotl_cvloss.compare.running import read_lines
+from axolotl_cvloss.command.compare.plan import choose_rate
+from axolotl_cvloss.command.compare.running import read_lines
 
 
 def line(loss, seed, exact, nll=1.0, valid=None, stage="final", **more):

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...vocabulary import NumberTokens, number_tokens
 from ..batch import Chunk
 from ..family import Family, Part
 from ..gradient import LogitGradient, cotangents
 from ..terms import Term
+from ..vocabulary import NumberTokens, number_tokens
 
 
 class NumberPart(Part):

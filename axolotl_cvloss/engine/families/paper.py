@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...rows import COMPLETION, IGNORE_INDEX
 from ..batch import Batch
 from ..family import Family
 from ..gradient import statistics_dtype
+from ..rows import COMPLETION, IGNORE_INDEX
 from ..terms import Loss, Term
 
 

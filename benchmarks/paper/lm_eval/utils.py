@@ -1,7 +1,7 @@
 """What the task files of this folder call: the package's prompts, targets and scorer."""
 
+from axolotl_cvloss.command.scoring import score_example
 from axolotl_cvloss.hosts.axolotl_prompts import gsm8k, hellaswag, mathqa, openbookqa
-from axolotl_cvloss.scoring import score_example
 
 EXAMPLES = {module.__name__.rpartition(".")[2]: module.example for module in (gsm8k, hellaswag, mathqa, openbookqa)}
 

@@ -1,6 +1,6 @@
 """The test set of a config, as its host makes tokens and labels of it.
 
-    python -m axolotl_cvloss.compare.rows axolotl|trl CONFIG.yaml ROWS.jsonl
+    python -m axolotl_cvloss.command.compare.rows axolotl|trl CONFIG.yaml ROWS.jsonl
 
 A line a row: ``input_ids``, and ``labels`` with -100 where nothing is asked of the model. It runs in a process of its
 own, as a host changes much of the process that it is loaded into.
@@ -34,7 +34,7 @@ def of_axolotl(config: Path) -> Iterator[Row]:
 def of_trl(config: Path) -> Iterator[Row]:
     import trl
 
-    from ..hosts import trl_cli
+    from ...hosts import trl_cli
 
     trainers = []
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from .. import __version__
 from .compare.command import compare, predict
 
 if TYPE_CHECKING:
-    from .registry import Loss
+    from ..losses.registry import Loss
 
 WIDE = 110  # columns of a terminal that a table of many columns needs
 
@@ -34,8 +34,8 @@ def cli() -> None:
 @as_json
 def list_(as_json: bool) -> None:
     """All losses: formula, what they need, cost and source."""
+    from ..losses.registry import available_losses
     from .descriptions import VISIT, cost, described, needs
-    from .registry import available_losses
 
     losses = available_losses().values()
     if as_json:
@@ -90,8 +90,8 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
 
     The exit code is 1 where training would stop, or would train with another loss.
     """
+    from ..objective.objective import Objective
     from .checking import check_file, term_rows
-    from .objective import Objective
 
     report = check_file(config, host)
     objective = None if report.config is None else str(Objective(report.config))
@@ -180,8 +180,8 @@ def score(predictions: Path, by: str | None, as_json: bool) -> None:
     """Exact match and other metrics of generated answers.
 
     PREDICTIONS is JSONL with the fields prediction and reference. With --score all lines are scored in one way, as the
-    docstring of axolotl_cvloss.scorers has it. Without, a field task (gsm8k, mathqa, openbookqa or hellaswag) says how,
-    formulas included; see that of axolotl_cvloss.scoring.
+    docstring of axolotl_cvloss.command.scorers has it. Without, a field task (gsm8k, mathqa, openbookqa or hellaswag)
+    says how, formulas included; see that of axolotl_cvloss.command.scoring.
     """
     from . import scorers, scoring
 
@@ -209,7 +209,7 @@ def _given(given: Sequence[str]) -> dict[str, list[str]]:
 
 def _parameters(loss: "Loss", given: Mapping[str, str]) -> dict[str, Any]:
     """All parameters of a loss, checked as those of the YAML are."""
-    from .config import ConfigError, CVLossConfig
+    from ..objective.config import ConfigError, CVLossConfig
 
     try:
         return CVLossConfig.parse({loss.name: dict(given)}).terms[0].parameters
@@ -218,7 +218,7 @@ def _parameters(loss: "Loss", given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _loss(name: str) -> "Loss":
-    from .registry import get_loss
+    from ..losses.registry import get_loss
 
     try:
         return get_loss(name)

@@ -1,6 +1,6 @@
 """What a trained model writes, greedily and in batches, and the NLL of what it should have written.
 
-python -m axolotl_cvloss.compare.predict MODEL ROWS.jsonl OUT.jsonl --batch N --new-tokens N
+python -m axolotl_cvloss.command.compare.predict MODEL ROWS.jsonl OUT.jsonl --batch N --new-tokens N
 
 MODEL is the folder of a model or an adapter; ROWS are those of ``rows.py``. The prompt of a row is all that stands
 before the last labelled stretch, and the stretch is the reference; a row without a prompt has its NLL alone.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from .registry import Loss, available_losses, nearest
+from ..losses.registry import Loss, available_losses, nearest
 
 KEY = "cv_loss"
 NEEDS_LOGITS = "needs all logits of a batch at once, which takes more memory than fused losses do"

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ..engine.batch import Batch
+from ..engine.families.paper import as_in_the_paper
+from ..engine.passes import Outcome, compute
+from ..engine.rows import COMPLETION, Goldfish, Rows, Selector, select_rows
+from ..engine.sets import SetCounts
+from ..engine.sources import Head, LogitSource, TensorSource, device_of, head_source
+from ..engine.terms import Term
+from ..engine.vocabulary import rarity
+from ..losses.registry import available_losses
 from .config import KEY, ConfigError, CVLossConfig
-from .engine.batch import Batch
-from .engine.families.paper import as_in_the_paper
-from .engine.passes import Outcome, compute
-from .engine.sets import SetCounts
-from .engine.sources import Head, LogitSource, TensorSource, device_of, head_source
-from .engine.terms import Term
-from .registry import available_losses
-from .rows import COMPLETION, Goldfish, Rows, Selector, select_rows
-from .vocabulary import rarity
 
 Count = Tensor | float | None
 Counts = Count | Mapping[str | Selector, Count]

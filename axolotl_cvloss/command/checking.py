@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import yaml
 
-from .config import KEY, NEEDS_LOGITS, ConfigError, CVLossConfig, Schedule, TermConfig
+from ..hosts import axolotl_keys, trl_keys
+from ..losses.registry import Loss, available_losses
+from ..objective.config import KEY, NEEDS_LOGITS, ConfigError, CVLossConfig, Schedule, TermConfig
 from .curves import GRID, NotACurve, curve
 from .descriptions import plain
-from .hosts import axolotl_keys, trl_keys
-from .registry import Loss, available_losses
 
 # The host of a YAML is told by keys that only it has.
 HOSTS = {

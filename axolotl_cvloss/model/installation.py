@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import NEEDS_LOGITS
-from .engine import ranks
-from .engine.sources import Head
+from ..engine import ranks
+from ..engine.rows import COMPLETION, IGNORE_INDEX, Selector
+from ..engine.sources import Head
+from ..objective.config import NEEDS_LOGITS
+from ..objective.objective import Objective, ObjectiveResult
 from .head import HeadTap, partitioned
 from .inspection import ANOTHER, Verdict, agree, inspected, processed, telling
-from .objective import Objective, ObjectiveResult
-from .rows import COMPLETION, IGNORE_INDEX, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,8 @@ class Installation:
         if self.evaluation and self.evaluation.first_rows is not None:
             given |= _padding_from(self.evaluation.first_rows, given)
         if self._verdict is None:
-            self._judge(run, given["labels"], given["attention_mask"])
+            # Not by a decorator: that would load the compiler as soon as this module is imported.
+            torch.compiler.disable(self._judge)(run, given["labels"], given["attention_mask"])
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
@@ -200,7 +201,6 @@ class Installation:
             raise ValueError(f"cv_loss: {type(self.model).__name__} has an aux_loss, but no {' or '.join(names)}")
         return found[0] * aux_loss.to(device)
 
-    @torch.compiler.disable
     def _judge(self, run: "partial[Any]", labels: Tensor, attention_mask: Tensor | None) -> None:
         """What the first batch with labels says of the model; an error where its own loss is another one."""
         with self._tap.alone:
@@ -278,7 +278,7 @@ class Installation:
         if not why and len(results) != 1:
             why = f"its forward calls the head {len(results)} times"
         elif not why and looks:
-            why = self._seen_again(outputs.logits, processed(looks[0], **postprocessing))
+            why = torch.compiler.disable(self._seen_again)(outputs.logits, processed(looks[0], **postprocessing))
         if first:
             if not ranks.everywhere(not why, given["labels"].device):
                 self._verdict = self._kept(why or ANOTHER)
@@ -291,7 +291,6 @@ class Installation:
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         return outputs, result
 
-    @torch.compiler.disable
     def _seen_again(self, seen: Tensor, expected: Tensor) -> str:
         """What is wrong with what the model has done to logits, or empty."""
         if seen.shape != expected.shape or not agree(seen.detach(), expected):

@@ -153,7 +153,7 @@ class Comparison:
             config = self.work / "rows.yaml"
             config.write_text(yaml.safe_dump(self.config, sort_keys=False))
             self.process(
-                [sys.executable, "-m", "axolotl_cvloss.compare.rows", self.host, str(config), str(file)],
+                [sys.executable, "-m", "axolotl_cvloss.command.compare.rows", self.host, str(config), str(file)],
                 self.work / "rows.log",
                 None,
             )
@@ -214,7 +214,7 @@ class Comparison:
         part = "validation" if stage == "choice" else "test"
         start = time.monotonic()
         predictions = folder / f"{part}.jsonl"
-        command = [sys.executable, "-m", "axolotl_cvloss.compare.predict", str(folder / "model")]
+        command = [sys.executable, "-m", "axolotl_cvloss.command.compare.predict", str(folder / "model")]
         command += [str(self.parts[part]), str(predictions)]
         command += ["--batch", str(self.batch), "--new-tokens", str(self.new_tokens)]
         self.process(command, folder / f"{part}.log", gpu, lambda text: say(_last_line(text, f"{part} ")))

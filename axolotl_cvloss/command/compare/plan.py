@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import KEY
+from ...objective.config import KEY
 
 BASELINE = "cross_entropy"
 Line = dict[str, Any]
@@ -43,7 +43,7 @@ REMOVED = {
         "hub_model_id",
     ),
 }
-PLUGIN, SEED_PLUGIN = "axolotl_cvloss.CVLossPlugin", "axolotl_cvloss.compare.seeding.SeedPlugin"
+PLUGIN, SEED_PLUGIN = "axolotl_cvloss.CVLossPlugin", "axolotl_cvloss.command.compare.seeding.SeedPlugin"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar, get_type_hints
 import pluggy
 from pydantic import ConfigDict, create_model
 
+from ..engine.families import FAMILIES
+from ..engine.family import Family
+from ..engine.terms import Loss
 from . import hookspecs
-from .engine.families import FAMILIES
-from .engine.family import Family
-from .engine.terms import Loss
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -196,7 +196,7 @@ def plugin_manager() -> pluggy.PluginManager:
     global _manager
     if _manager is not None:
         return _manager
-    from . import losses
+    from .. import losses
 
     # Set first, as a package may use `register_loss` while it is imported below.
     _manager = manager = pluggy.PluginManager(hookspecs.PROJECT)

@@ -4,8 +4,8 @@ import inspect
 import re
 from typing import Any
 
-from .config import allowed
-from .registry import Loss
+from ..losses.registry import Loss
+from ..objective.config import allowed
 
 VISIT = "A visit is one way through the logits, a chunk at a time; cross-entropy takes one."
 

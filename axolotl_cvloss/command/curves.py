@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .engine.terms import Loss, Term
+from ..engine.terms import Loss, Term
 
 GRID = torch.arange(1, 1000, dtype=torch.float64) / 1000  # values of p
 HIGHEST = 5.0  # value that a picture shows

@@ -165,8 +165,8 @@ def _config(path: Path, host: str | None) -> tuple[dict[str, Any], str | None]:
 def _objectives(given: Sequence[str], file: Path | None, losses: str | None) -> dict[str, Any]:
     """By name, the baseline first. Each is checked, so that a mistake ends it here and not after hours."""
 
-    from ..config import ConfigError, CVLossConfig
-    from ..registry import available_losses
+    from ...losses.registry import available_losses
+    from ...objective.config import ConfigError, CVLossConfig
     from .plan import BASELINE
 
     found: dict[str, Any] = {BASELINE: {BASELINE: 1.0}}
@@ -223,7 +223,8 @@ def predict(model: Path, config: Path, out: Path, batch: int, new_tokens: int | 
         raise click.ClickException(f"{config}: its keys do not tell whether it is for Axolotl or TRL; give --host")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        made = subprocess.run([sys.executable, "-m", "axolotl_cvloss.compare.rows", host, str(config), str(file)])
+        reader = "axolotl_cvloss.command.compare.rows"
+        made = subprocess.run([sys.executable, "-m", reader, host, str(config), str(file)])
         if made.returncode:
             raise click.ClickException(f"the test set of {config} could not be read; the reason is above")
         found = rows.read(file)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engine.ranks import everywhere
-from .engine.sources import Head, is_linear, statistics_dtype
+from ..engine.ranks import everywhere
+from ..engine.rows import IGNORE_INDEX
+from ..engine.sources import Head, is_linear, statistics_dtype
 from .head import HeadTap, partitioned
-from .rows import IGNORE_INDEX
 
 SMALL, LARGE = 2.0**-40, 2.0**60  # so small that tanh is the identity, so large that it is 1
 UNLABELLED, LABELLED = 3, 8  # rows of made-up logits: small, large and mixed ones; ordinary ones, which make a loss

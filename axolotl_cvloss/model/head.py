@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine.sources import Head
+from ..engine.sources import Head
 
 Take = Callable[[Tensor, Head], Tensor]  # hidden states and the head, and what the model goes on with
 

@@ -1,0 +1,1 @@
+"""An objective in a model."""

@@ -1,0 +1,1 @@
+"""What an objective is: the key, parsed, and the weighted sum of losses that it names."""
