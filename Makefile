@@ -7,7 +7,7 @@ LATEST := .venv-trl-latest
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-hosts test-trl-latest test-configs lint bench clean
+.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes lint bench clean
 
 help:  ## the targets
 	@grep -hE "^[a-z-]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z-]+):[^#]*## /  \1\t/" | expand -t 20
@@ -48,6 +48,9 @@ test-configs: $(INSTALLED)  ## the example configs of the installed Axolotl, fro
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary axolotl --dest .axolotl axolotl==$$version && \
 	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/python tools/axolotl_configs.py \
 	  .axolotl/axolotl-$$version.tar.gz docs/compatibility/axolotl-configs.md
+
+test-classes: $(INSTALLED)  ## every class of language models in transformers, in tiny form
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/classes.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

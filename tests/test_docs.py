@@ -93,6 +93,14 @@ def test_results_of_other_code_or_versions_are_dropped(monkeypatch):
     assert compatibility.merged(first, {"torch": "2"}, [two], ("host",))["setups"] == [two]
 
 
+def test_what_is_said_of_classes_of_models_is_what_was_found():
+    classes = load("classes")
+    record, text = json.loads(classes.RECORD.read_text(encoding="utf-8")), classes.PAGE.read_text(encoding="utf-8")
+    assert text == classes.with_sentence(text, record), "run make test-classes"
+    assert classes.RECORD.with_suffix(".md").read_text(encoding="utf-8") == classes.page(record)
+    assert not [name for name, entry in record["classes"].items() if entry["result"] in ("another loss", "error")]
+
+
 def test_every_loss_has_its_place(tool):
     text = README.read_text(encoding="utf-8")
     rows = [line for line in text.split(tool.START)[1].split(tool.END)[0].splitlines() if line.startswith("| [")]
