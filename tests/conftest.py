@@ -12,6 +12,7 @@ for name, value in {
     "OMP_NUM_THREADS": "1",  # the workers of pytest-xdist share the cores
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
+    "TRITON_INTERPRET": "1",  # kernels are Python here; Triton reads it once, when it is imported
 }.items():
     os.environ.setdefault(name, value)
 

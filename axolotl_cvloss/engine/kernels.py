@@ -1,0 +1,191 @@
+"""Two Triton kernels over a chunk of logits, one program a row: what is collected of it, and its gradient in its place.
+
+Each reads the logits once, in the dtype of the matrix product (bf16 or float32), and computes in float32 registers.
+Importing this needs Triton; it runs on a GPU, or with ``TRITON_INTERPRET=1`` on a CPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 4096, 8  # entries of a row at a time, and who reads them: 16 each, 16 bytes a load
+
+
+@dataclass
+class Collected:
+    """Of each row (n,): the largest logit, its log p, the target's logit, and what else was asked for.
+
+    distance: mean of all logits less the target's. accuracy: 1 where the target is the (first) largest.
+    """
+
+    largest: Tensor
+    top: Tensor
+    target: Tensor
+    distance: Tensor | None = None
+    entropy: Tensor | None = None
+    accuracy: Tensor | None = None
+
+
+def collect(
+    logits: Tensor,
+    labels: Tensor,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    width: int | None = None,
+    mean: bool = False,
+    diagnose: bool = False,
+) -> Collected:
+    """Numbers of rows of logits (n, V), of which it reads each once.
+
+    The logits stand for ``logits * scale``, then ``softcap * tanh(logits / softcap)`` where a softcap is given.
+
+    Args:
+        logits: Entries of a row stand beside each other.
+        labels: (n,), the targets, each in the vocabulary.
+        width: How many entries of a row may be touched: V, or more where there is room for it; see ``pull_``.
+        mean, diagnose: The distance too; entropy and accuracy too.
+    """
+    found = torch.empty(6, len(logits), dtype=torch.float32, device=logits.device)
+    if len(logits):
+        collect_kernel[(len(logits),)](
+            *_rows_of(logits, labels, width), found, len(logits), scale, softcap or 1.0,
+            CAPPED=softcap is not None, MEAN=mean, DIAGNOSE=diagnose, BLOCK=_block(logits), num_warps=WARPS,
+        )  # fmt: skip
+    largest, top, target, distance, entropy, accuracy = found
+    more = (distance if mean else None, entropy if diagnose else None, accuracy if diagnose else None)
+    return Collected(largest, top, target, *more)
+
+
+def pull_(
+    logits: Tensor,
+    labels: Tensor,
+    largest: Tensor,
+    top: Tensor,
+    slope: Tensor,
+    own: Tensor,
+    mean: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """The gradient in the place of the logits (n, V): slope p + mean / V, and at the target own + mean / V, times the
+    derivative of scale and softcap. With slope 1 and own 0 it is p without the target's.
+
+    Args:
+        largest, top: As ``collect`` found them, (n,).
+        slope, own, mean: (n,), float32.
+        width: Of each row so many entries may be touched; those behind V become 0. A multiple of 16 lets a row be read
+            and written 16 bytes at a time whatever V is.
+    """
+    if len(logits):
+        pull_kernel[(len(logits),)](
+            *_rows_of(logits, labels, width), largest, top, slope, own, slope if mean is None else mean,
+            scale, softcap or 1.0,
+            CAPPED=softcap is not None, MEAN=mean is not None, BLOCK=_block(logits), num_warps=WARPS,
+        )  # fmt: skip
+    return logits
+
+
+def _rows_of(logits: Tensor, labels: Tensor, width: int | None) -> tuple[Tensor, int, int, int, Tensor]:
+    assert logits.stride(1) == 1 or logits.shape[1] == 1
+    return logits, logits.stride(0), logits.shape[1], width or logits.shape[1], labels
+
+
+def _block(logits: Tensor) -> int:
+    return min(BLOCK, triton.next_power_of_2(logits.shape[1]))
+
+
+@triton.jit
+def _bounded(z, scale, softcap, CAPPED: tl.constexpr):
+    """Logits after scale and softcap."""
+    z = z * scale
+    if CAPPED:
+        # tanh by an exponential, as Triton's own is not in its interpreter; near 0 by its series, which keeps digits.
+        x = z / softcap
+        e = tl.exp(-2 * tl.abs(x))
+        large = (1 - e) / (1 + e)
+        square = x * x
+        small = x * (1 - square * (0.33333333333 - square * (0.13333333333 - square * 0.05396825397)))
+        z = softcap * tl.where(square < 0.015625, small, tl.where(x < 0, -large, large))
+    return z
+
+
+@triton.jit
+def _derivative(z, scale, softcap, CAPPED: tl.constexpr):
+    """Of ``_bounded``; 1 - tanh^2 without a difference."""
+    if CAPPED:
+        e = tl.exp(-2 * tl.abs(z * scale / softcap))
+        return scale * (4 * e / ((1 + e) * (1 + e)))
+    else:
+        return scale
+
+
+@triton.jit
+def collect_kernel(
+    logits, stride, V, width, labels, found, n, scale, softcap,
+    CAPPED: tl.constexpr, MEAN: tl.constexpr, DIAGNOSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    target = _bounded(tl.load(line + tl.load(labels + row)).to(tl.float32), scale, softcap, CAPPED)
+    # Not -inf: a block of -inf alone has no distance from it.
+    largest = tl.full((), -3.4028234e38, tl.float32)
+    first = tl.zeros((), tl.int32)
+    total = tl.zeros((BLOCK,), tl.float32)  # sum of e^(z - largest)
+    tilted = tl.zeros((BLOCK,), tl.float32)  # sum of e^(z - largest) (z - largest)
+    distance = tl.zeros((BLOCK,), tl.float32)  # from the target, which keeps digits under a common offset
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        raw = tl.load(line + at, mask=at < width, other=0.0).to(tl.float32)
+        z = _bounded(raw, scale, softcap, CAPPED)
+        z = tl.where(at < V, z, float("-inf"))
+        here = tl.max(z, 0)
+        above = tl.maximum(largest, here)
+        if DIAGNOSE:
+            place = tl.min(tl.where(z == here, at, V), 0)
+            first = tl.where(here > largest, place, first)
+        faded = tl.exp(largest - above)
+        e = tl.exp(z - above)
+        if DIAGNOSE:
+            # Bounded, as 0 times -inf has no value. Where the sum is 0 still, there is nothing to move.
+            moved = tl.maximum(largest - above, -1e30)
+            tilted = faded * (tilted + total * moved) + e * tl.maximum(z - above, -1e30)
+        total = total * faded + e
+        if MEAN:
+            distance += tl.where(at < V, z - target, 0.0)
+        largest = above
+    mass = tl.sum(total, 0)
+    top = -tl.log(mass)
+    tl.store(found + row, largest)
+    tl.store(found + n + row, top)
+    tl.store(found + 2 * n + row, target)
+    if MEAN:
+        tl.store(found + 3 * n + row, tl.sum(distance, 0) / V)
+    if DIAGNOSE:
+        tl.store(found + 4 * n + row, -top - tl.sum(tilted, 0) / mass)
+        tl.store(found + 5 * n + row, (tl.load(labels + row) == first).to(tl.float32))
+
+
+@triton.jit
+def pull_kernel(
+    logits, stride, V, width, labels, largest, top, slope, own, mean, scale, softcap,
+    CAPPED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    label = tl.load(labels + row)
+    highest, log_of_it = tl.load(largest + row), tl.load(top + row)
+    a, b = tl.load(slope + row), tl.load(own + row)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        raw = tl.load(line + at, mask=at < width, other=0.0).to(tl.float32)
+        z = _bounded(raw, scale, softcap, CAPPED)
+        # Not z - lse: far from 0 that has few digits.
+        dz = tl.where(at == label, b, a * tl.exp(z - highest + log_of_it))
+        if MEAN:
+            dz += tl.load(mean + row) / V
+        dz = tl.where(at < V, dz * _derivative(raw, scale, softcap, CAPPED), 0.0)
+        tl.store(line + at, dz.to(logits.dtype.element_ty), mask=at < width)
