@@ -1,6 +1,7 @@
 """transformers' Trainer: counting over the accumulation window, and logging the terms."""
 
 import math
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from .virtual_tokens import conflicts, virtual_tokens, with_virtual_tokens
 logger = logging.get_logger(__name__)
 
 FEW = 16  # micro-batches whose values are fetched from the accelerator at once
+PATIENCE = 25  # steps in a row whose objective is NaN
 ROUNDING = torch.finfo(torch.bfloat16).eps  # of a trainer's arithmetic with its loss
 
 
@@ -50,16 +52,16 @@ class Sums:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def fold(self) -> tuple[int, list[int]] | None:
-        """Fetch what waits. The step and the columns of the first values that are not finite, if any."""
-        waiting, self._waiting, wrong = self._waiting, [], None
+    def fold(self) -> list[tuple[int, Tensor]]:
+        """Fetch what waits. The step and the values of each micro-batch of which some are not finite."""
+        waiting, self._waiting, wrong = self._waiting, [], []
         for step, values, counts in waiting:
             values = values.cpu().double()  # in this order: not every accelerator has float64
             self._sums[0, : len(values)] += values
             self._sums[1:] += counts
             self._steps, self._step = self._steps + (step != self._step), step
-            if wrong is None and not values.isfinite().all():
-                wrong = step, (~values.isfinite()).nonzero().flatten().tolist()
+            if not values.isfinite().all():
+                wrong.append((step, values))
         return wrong
 
     def taken(self) -> Tensor:
@@ -81,6 +83,8 @@ class ObjectiveTrainer(Trainer):
     _cv_asked: bool  # the model was asked for its loss in this training_step
     _cv_compared: bool
     _cv_reported: bool
+    _cv_lost: set[int]  # steps since the last _cv_check of which the objective was NaN on this rank
+    _cv_checked: int  # the last step of _cv_check
     _cv_virtual_tokens: int
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -148,15 +152,45 @@ class ObjectiveTrainer(Trainer):
     def _cv_fold(self, training: bool) -> None:
         """Report the first value that is not finite, at most a few micro-batches after it was there."""
         wrong = self._cv_sums[training].fold()
+        terms = self.cv_loss.objective.terms
+        if training:
+            self._cv_lost.update(step for step, values in wrong if values[: len(terms)].isnan().any())
         if wrong and not self._cv_reported:
             self._cv_reported = True
-            step, columns = wrong
-            names = [*(term.name for term in self.cv_loss.objective.terms), "nll", "aux_loss"]
+            step, values = wrong[0]
+            finite = values.isfinite().tolist()
+            names = [*(term.name for term in terms), "nll", "aux_loss"]
+            bad = ", ".join(name for name, is_finite in zip(names, finite, strict=False) if not is_finite)
             when = f"in step {step + 1}" if training else f"in the evaluation after step {step}"
-            logger.error(
-                f"cv_loss: {', '.join(names[i] for i in columns)} became NaN or infinite {when} on rank "
-                f"{self.args.process_index}. The logits there hold NaN or infinite values; a lower learning rate or "
-                "max_grad_norm helps where training diverged."
+            if finite[len(terms)] and not all(finite[: len(terms)]):
+                why = (
+                    "The NLL there is finite, so it is not the model but the loss: its formula at probabilities near 0 "
+                    "or 1 or at logits of -inf, or its parameters."
+                )
+            else:
+                why = (
+                    "The logits there hold NaN or infinite values; a lower learning rate or max_grad_norm helps where "
+                    "training diverged."
+                )
+            logger.error(f"cv_loss: {bad} became NaN or infinite {when} on rank {self.args.process_index}. {why}")
+
+    def _cv_check(self) -> None:
+        """Every few steps: stop where the objective was NaN in all of them, on whatever rank; all ranks stop alike."""
+        step = self.state.global_step
+        if not step or step % PATIENCE or step == self._cv_checked:
+            return
+        self._cv_checked = step
+        self._cv_fold(training=True)
+        lost = torch.tensor([[float(s in self._cv_lost) for s in range(step - PATIENCE, step)]])
+        self._cv_lost.clear()
+        if self.args.world_size > 1:
+            lost = self.accelerator.gather(lost.to(self.args.device)).cpu()
+        if lost.any(0).all() and not os.environ.get("CVLOSS_GO_ON"):
+            raise RuntimeError(
+                f"cv_loss: the objective was NaN in all {PATIENCE} steps from {step - PATIENCE + 1} to {step}, so the "
+                "run has stopped before it saves a model of NaN; an error in the log above says what became NaN first, "
+                "and when. Go on from a checkpoint before that step (resume_from_checkpoint), with a lower learning "
+                "rate or max_grad_norm where training diverged, or without the loss that gives NaN"
             )
 
     def _cv_flush(self, training: bool) -> dict[str, float]:
@@ -194,9 +228,14 @@ class ObjectiveTrainer(Trainer):
                 logs[f"cv_loss/{term.name}/{name}"] = now.weight if name == "weight" else now.parameters[name]
         return logs
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._cv_lost, self._cv_checked = set(), 0
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
         self._cv_asked = False
+        self._cv_check()
         loss = super().training_step(*args, **kwargs)
         self._cv_compare(loss)
         return loss
@@ -368,6 +407,7 @@ def connect(trainer: Trainer) -> None:
     trainer._cv_sums = {training: Sums(columns) for training in (True, False)}
     trainer._cv_gradient = None
     trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_reported = False
+    trainer._cv_lost, trainer._cv_checked = set(), 0
     trainer._cv_virtual_tokens = virtual_tokens(trainer.model)
     installed.listeners = [_recorder(trainer)]
     # Without these the gradient depends on how tokens fall into micro-batches and ranks.

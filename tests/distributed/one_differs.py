@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 one_differs.py FOLDER
 """
 
 import logging
+import math
 import sys
 from datetime import timedelta
 
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from one_step import InOrder, make_model, make_rows, padded
 from transformers import LlamaForCausalLM, TrainingArguments
 
-from axolotl_cvloss import Objective, attach, install
+from axolotl_cvloss import Objective, attach, install, register_loss
 
 # In place of a wait without end an error. Terms over all processes call collectives of their own.
 rank = PartialState(cpu=True, timeout=timedelta(seconds=60)).process_index
@@ -105,10 +106,25 @@ def logged(folder):
         assert entry["cv_loss/lovasz/tokens"] > 0
 
 
-logging.disable(logging.WARNING)
+def stopped(folder):
+    """The value of a loss is NaN on rank 1 alone, its gradient nowhere."""
+    register_loss("odd", family="token")(lambda logp: (math.nan if rank else 0.0) - logp)
+    arguments = TrainingArguments(
+        output_dir=folder, use_cpu=True, max_steps=30, save_strategy="no", report_to=[], disable_tqdm=True
+    )
+    model = make_model()
+    install(model, Objective.from_config("odd"))
+    trainer = InOrder(model, arguments, train_dataset=[*make_rows()] * 60, data_collator=padded)
+    attach(trainer)
+    with pytest.raises(RuntimeError, match="NaN in all 25 steps from 1 to 25"):
+        trainer.train()
+
+
+logging.disable(logging.ERROR)
 two_batches(Biased)
 two_batches(Reader)
 logged(sys.argv[1])
+stopped(sys.argv[1])
 if rank == 0:
     print("both went the same way")
 PartialState().destroy_process_group()

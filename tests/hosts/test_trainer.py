@@ -7,10 +7,11 @@ import weakref
 
 import pytest
 import torch
+from helpers import temporary_losses
 from sampling import pairwise
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from axolotl_cvloss import Objective, ObjectiveResult, install
+from axolotl_cvloss import Objective, ObjectiveResult, install, register_loss
 from axolotl_cvloss.hosts.transformers import attach
 
 SEQUENCE_MIX = {
@@ -277,6 +278,65 @@ def test_nan_is_reported_once_and_stays_visible(filtered, value, make_trainer, c
     first, *others = [entry["cv_loss/nll"] for entry in history(trainer)]
     assert math.isfinite(first)
     assert all(math.isnan(value) for value in others)
+
+
+class Sometimes(TrainerCallback):
+    """NaN in the value of a loss, not in its gradient, in some steps."""
+
+    def __init__(self, steps):
+        self.steps, self.now = steps, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = math.nan if state.global_step + 1 in self.steps else 0.0
+
+
+@pytest.fixture
+def make_sometimes(make_trainer):
+    """A trainer with such a loss."""
+
+    def make(steps, **options):
+        callback = Sometimes(steps)
+        register_loss("sometimes", family="token")(lambda logp: callback.now - logp)
+        config = {"sometimes": 0.5, "focal": 0.5}
+        trainer = make_trainer(config, rows(4), callbacks=[callback], logging_steps=10, **options)
+        trainer.sometimes = callback
+        return trainer
+
+    with temporary_losses():
+        yield make
+
+
+def test_nan_of_a_loss_is_told_apart(make_sometimes, caplog):
+    make_sometimes({3}, max_steps=4).train()
+    (message,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert "cv_loss: sometimes became NaN or infinite in step 3 on rank 0" in message
+    assert "not the model but the loss" in message
+    assert "logits there hold" not in message
+
+
+def test_a_run_of_nan_stops_before_it_is_saved(make_sometimes, tmp_path, monkeypatch):
+    trainer = make_sometimes(range(26, 1000), max_steps=60, save_strategy="steps", save_steps=50)
+    with pytest.raises(RuntimeError, match=r"NaN in all 25 steps from 26 to 50, .*resume_from_checkpoint"):
+        trainer.train()
+    assert trainer.state.global_step == 50
+    monkeypatch.setenv("CVLOSS_GO_ON", "1")
+    trainer.train()
+    assert trainer.state.global_step == 60
+
+
+def test_one_sound_step_among_those_of_nan_is_enough(make_sometimes):
+    trainer = make_sometimes({*range(1, 25), *range(26, 50)}, max_steps=60)
+    trainer.train()
+    assert trainer.state.global_step == 60
+
+
+def test_another_training_is_not_stopped_by_the_nan_of_the_last(make_sometimes):
+    trainer = make_sometimes(range(1, 26), max_steps=25)
+    trainer.train()
+    trainer.sometimes.steps = set()
+    trainer.args.max_steps = 30
+    trainer.train()
+    assert trainer.state.global_step == 30
 
 
 def test_without_logging_nothing_is_kept_and_nan_is_reported(make_trainer, caplog):

@@ -177,7 +177,8 @@ class Comparison:
         self, command: Sequence[str], log: Path, gpu: str | None, on_log: Callable[[str], None] = lambda text: None
     ) -> None:
         """Run a command to its end, its output in the log."""
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        # A rate at which training diverges is a result, the worst.
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "CVLOSS_GO_ON": "1"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("wb") as out:
