@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 import yaml
 from click.testing import CliRunner
 from helpers import temporary_losses
+from naive import NAIVE
 
 from axolotl_cvloss import Objective, available_losses, register_loss
+from axolotl_cvloss.command import answer
 from axolotl_cvloss.command.checking import HOSTS
 from axolotl_cvloss.command.cli import cli
 from axolotl_cvloss.engine.families import FAMILIES
@@ -96,7 +99,7 @@ def test_show_of_a_misspelt_name():
     assert "unknown loss 'focl'; did you mean focal? allowed: " in run("show", "focl", code=1).stderr
 
 
-def test_losses_of_other_people():
+def test_losses_of_other_people(tmp_path):
     def nothing_said(logp, power: float = 2.0):
         return (1 - logp.exp()) ** power
 
@@ -113,9 +116,11 @@ def test_losses_of_other_people():
         assert {"nothing_said", "of_the_sum"} <= {said["name"] for said in json.loads(run("list", "--json").stdout)}
         (points,) = json.loads(run("plot", "nothing_said", "-p", "power=1", "--json").stdout).values()
         assert points["value"] == pytest.approx([1 - p for p in points["p"]])
-        assert "of_the_sum is not a function of p alone: it needs lse" in run("plot", "of_the_sum", code=1).stderr
-        error = run("plot", "of_all_tokens", code=1).stderr
-        assert "of_all_tokens is not a function of p alone: the value of a token depends on other tokens" in error
+        out = ["--out", tmp_path / "answer.png"]
+        printed = run("plot", "of_the_sum", *out).stdout
+        assert "on a made answer, as of_the_sum is not a function of p alone: it needs lse" in printed
+        printed = run("plot", "of_all_tokens", *out).stdout
+        assert "of_all_tokens is not a function of p alone: the value of a token depends on other tokens" in printed
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -386,17 +391,48 @@ def test_plot_makes_a_picture(tmp_path):
     assert len({tuple(pixel) for row in pixels[::3, ::3] for pixel in row.tolist()}) > 20
 
 
-@pytest.mark.parametrize("name", [name for name, loss in available_losses().items() if loss.family != "token"])
-def test_plot_refuses_what_is_not_a_function_of_p(name):
-    family = available_losses()[name].family
-    error = run("plot", "focal", name, "--json", code=1).stderr
-    assert f"{name} is not a function of p alone. Its family is {family}: " in error
+def test_every_loss_can_be_looked_at_on_the_made_answer(monkeypatch):
+    """Losses that are functions of p alone are drawn so too, where another one in the picture is not."""
+    monkeypatch.setattr(answer, "GRID", answer.GRID[9::40])  # as one point takes as long as all losses of a step
+    looks = json.loads(run("plot", *available_losses(), "--json").stdout)
+    assert list(looks) == list(available_losses())
+    rows, vocab = len(answer.ANSWER), len(answer.VOCABULARY)
+    for name, seen in looks.items():
+        value, pull, shown = (torch.tensor(seen[key], dtype=torch.float64) for key in ("value", "pull", "map"))
+        assert value.shape == pull.shape == answer.GRID.shape, name
+        assert value.isfinite().all(), name
+        assert shown.shape == (rows, vocab), name
+        assert shown.abs().sum() > 0, name
+
+
+def test_the_made_answer_has_the_values_and_the_gradient_of_the_loss():
+    looks = json.loads(run("plot", "dice", "lovasz", "-p", "smooth=2", "--json").stdout)
+    forms = {"dice smooth=2": partial(NAIVE["dice"], smooth=2.0), "lovasz": NAIVE["lovasz"]}
+    assert list(looks) == list(forms)
+    (at,) = torch.where(answer.P[-1] == answer.GRID)[0].tolist()
+    for name, form in forms.items():
+        z = answer.logits(answer.P[-1]).requires_grad_()
+        assert torch.allclose(z.detach().softmax(1)[range(len(z)), answer.LABELS], answer.P, rtol=1e-12)
+        value = form(z, answer.LABELS)
+        (gradient,) = torch.autograd.grad(value, z)
+        assert looks[name]["value"][at] == pytest.approx(value.item(), rel=1e-12)
+        assert torch.allclose(torch.tensor(looks[name]["map"], dtype=z.dtype), -gradient, atol=1e-14)
+        assert looks[name]["pull"][at] == looks[name]["map"][-1][answer.LABELS[-1]]
+
+
+def test_plot_makes_a_picture_of_the_answer(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    out = tmp_path / "answer.png"
+    printed = run("plot", "lovasz", "--out", out).stdout
+    assert printed.startswith(f"{out}: lovasz; on a made answer, as lovasz is not a function of p alone. Its family is")
+    pixels = image.imread(out)
+    assert pixels.shape[0] > 300
+    assert len({tuple(pixel) for row in pixels[::3, ::3] for pixel in row.tolist()}) > 20
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cross_entropy", "-p", "label_smoothing=0.1"], "is not a function of p alone: it needs mean_logp too"),
         (["focl"], "did you mean focal?"),
         (["focal", "-p", "gama=1"], "-p gama: none of these losses has it; they have: alpha, gamma"),
         (["focal", "-p", "gamma=-1"], "cv_loss.focal.gamma: must be a finite number >= 0, not '-1'"),

@@ -124,11 +124,12 @@ def test_every_built_in_loss_says_what_users_ask(tool):
             assert loss.source, loss.name
 
 
-def test_the_picture_of_the_curves(tool):
+def test_the_pictures_of_losses(tool):
     image = pytest.importorskip("matplotlib.image")
-    pixels = image.imread(tool.PICTURE)
-    assert min(pixels.shape[:2]) > 400
-    assert len({tuple(pixel) for row in pixels[::3, ::3] for pixel in row.tolist()}) > 20
+    for picture in (tool.PICTURE, tool.REGION_PICTURE):
+        pixels = image.imread(picture)
+        assert min(pixels.shape[:2]) > 400
+        assert len({tuple(pixel) for row in pixels[::3, ::3] for pixel in row.tolist()}) > 20
     assert {"cross_entropy", "focal", "self_adjusting_dice"} <= set(tool.curves())
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from axolotl_cvloss import available_losses
+from axolotl_cvloss.command import answer
 from axolotl_cvloss.command.curves import Curve, NotACurve, curve, save
 from axolotl_cvloss.command.descriptions import VISIT, described, plain
 from axolotl_cvloss.engine.families import FAMILIES
@@ -19,6 +20,8 @@ README = REPOSITORY / "README.md"
 EXPERIMENT, PERFORMANCE = REPOSITORY / "docs" / "paper-experiment.md", REPOSITORY / "docs" / "performance.md"
 PAGES = REPOSITORY / "docs" / "losses"
 PICTURE = REPOSITORY / "docs" / "curves.png"
+REGION_PICTURE = REPOSITORY / "docs" / "region.png"
+LOOKED_AT = ("dice", "generalized_dice", "lovasz", "cross_entropy")
 START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses -->"
 SPEED_START, SPEED_END = "<!-- Speed: written by tools/docs.py -->", "<!-- end of speed -->"
 SPEED = REPOSITORY / "benchmarks" / "results" / "loss_cost_cpu.json"
@@ -106,6 +109,13 @@ def page(family: str, losses: list[Loss]) -> str:
             "probability p alone, with default parameters. `cvloss plot` draws them with others.",
             f"![value and pull against p](../{PICTURE.name})",
         ]
+    if {loss.name for loss in losses} & set(LOOKED_AT) and family != "token":
+        lines += [
+            f"Value and gradient on the answer `{' '.join(answer.ANSWER)}`, beside those of cross_entropy: against the "
+            "probability p of its last token, and, with p as it stands on the left, what the gradient adds to each "
+            "logit. `cvloss plot` draws it for any loss.",
+            f"![value against p, and a map of the gradient](../{REGION_PICTURE.name})",
+        ]
     for loss in losses:
         said = described(loss)
         lines += [f"## {loss.name}", said["summary"], *said["remarks"]]
@@ -143,6 +153,12 @@ def curves() -> dict[str, Curve]:
     return found
 
 
+def looks() -> dict[str, answer.Look]:
+    """Of the losses in the picture of the made answer."""
+    losses = available_losses()
+    return {name: answer.look(losses[name], losses[name].parameters().model_dump()) for name in LOOKED_AT}
+
+
 def pages() -> dict[Path, str]:
     return {PAGES / f"{family}.md": page(family, losses) for family, losses in built_in().items()}
 
@@ -156,3 +172,4 @@ if __name__ == "__main__":
     for path, written in ((README, readme), (PERFORMANCE, speed), (EXPERIMENT, paper)):
         path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     save(curves(), PICTURE)
+    answer.save(looks(), REGION_PICTURE)

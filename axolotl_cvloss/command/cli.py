@@ -133,13 +133,16 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="curves.png", show_default=True)
 @as_json
 def plot(losses: Sequence[str], given: Sequence[str], out: Path, as_json: bool) -> None:
-    """Value and gradient of token losses against the probability p of the target.
+    """Value and gradient of losses: against the probability p of the target, where they depend on nothing else.
 
     For example: cvloss plot cross_entropy focal -p gamma=1 -p gamma=3
 
+    If one depends on more, as those of whole answers do, all are drawn on a small made answer: against p of its last
+    token, and as a map of the gradient over its rows and the vocabulary. For example: cvloss plot dice lovasz
+
     With --json the points are printed, and no picture is made.
     """
-    from .curves import NotACurve, curve, save
+    from . import answer, curves
 
     values = _given(given)
     chosen = [_loss(name) for name in losses]
@@ -147,25 +150,30 @@ def plot(losses: Sequence[str], given: Sequence[str], out: Path, as_json: bool) 
     for name in values:
         if name not in known:
             raise click.ClickException(f"-p {name}: none of these losses has it; they have: {', '.join(sorted(known))}")
-    curves = {}
+    lines = {}
     for loss in chosen:
         own = [[(name, value) for value in values[name]] for name in values if name in loss.parameters.model_fields]
         for combination in product(*own):
             label = " ".join([loss.name, *(f"{name}={value}" for name, value in combination)])
-            try:
-                curves[label] = curve(loss, _parameters(loss, dict(combination)))
-            except NotACurve as error:
-                raise click.ClickException(str(error)) from error
+            lines[label] = loss, _parameters(loss, dict(combination))
+    found: dict[str, Any]
+    picture: Any = curves
+    why = ""
+    try:
+        found = {label: curves.curve(*line) for label, line in lines.items()}
+    except curves.NotACurve as error:
+        found, picture = {label: answer.look(*line) for label, line in lines.items()}, answer
+        why = f"; on a made answer, as {error}"
     if as_json:
-        _print_json({name: {k: v.tolist() for k, v in c._asdict().items()} for name, c in curves.items()})
+        _print_json({label: {k: v.tolist() for k, v in c._asdict().items()} for label, c in found.items()})
         return
     try:
-        save(curves, out)
+        picture.save(found, out)
     except ModuleNotFoundError as error:
         raise click.ClickException('plot needs matplotlib: pip install "axolotl-cvloss[plot]"') from error
     except (ValueError, OSError) as error:
         raise click.ClickException(f"{out}: {error}") from error
-    click.echo(f"{out}: {', '.join(curves)}")
+    click.echo(f"{out}: {', '.join(found)}{why}")
 
 
 cli.add_command(compare)
