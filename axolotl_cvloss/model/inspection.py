@@ -219,7 +219,7 @@ def _fit(made: Tensor, seen: Tensor | None) -> tuple[float, float | None] | None
     """The scale and the softcap that a model applied to made-up logits, or None where it did anything else."""
     if seen is None or seen.shape != made.shape:
         return None
-    scale = float((seen[0, 0].cpu().double() / made[0, 0].cpu().double()).mean())
+    scale = float((seen[0, 0].cpu().double() / made[0, 0].cpu().double()).mean().to(made.dtype))
     largest = float(seen[0, 1, 0].abs())
     softcap = largest if largest < abs(scale) * LARGE / 2 else None
     return (scale, softcap) if scale and agree(seen, processed(made, scale, softcap)) else None
