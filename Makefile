@@ -7,7 +7,7 @@ LATEST := .venv-trl-latest
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes lint bench clean
+.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes lint docs bench clean
 
 help:  ## the targets
 	@grep -hE "^[a-z-]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z-]+):[^#]*## /  \1\t/" | expand -t 20
@@ -57,11 +57,14 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## the pages of docs/ as a site with search, docs/_build/index.html; a dead link fails
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build
+
 bench: $(INSTALLED)  ## seconds and memory of the losses
 	$(BIN)/python benchmarks/loss_cost.py
 
 clean:  ## what the targets above leave behind, but for .venv
-	rm -rf demo-output outputs last_run_prepared build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo-output outputs last_run_prepared build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # torch comes first and alone: pip then takes one that fits both Axolotl and the machine, and the rest follows it.
@@ -71,5 +74,5 @@ $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	@$(BIN)/python -m pip install --quiet --editable ".[axolotl,dev]"
+	@$(BIN)/python -m pip install --quiet --editable ".[axolotl,dev,docs]"
 	@touch $@

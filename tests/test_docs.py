@@ -20,7 +20,11 @@ from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
-PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    README,
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
+]
 TRAIN = ("compare", "predict")  # commands that load a model
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

@@ -30,7 +30,7 @@ INTRODUCTION = """# Evidence
 Does another objective than cross-entropy help? Made with `cvloss compare` ([how it works](compare.md)): for each
 objective the learning rate is chosen on validation rows with a seed of its own, then it is trained with fresh seeds,
 and scored on test rows, on which nothing was chosen. The lines of all runs are in
-[benchmarks/evidence/results](../benchmarks/evidence/results), and this page is written from them; how to make them
+`benchmarks/evidence/results`, and this page is written from them; how to make them
 again says [benchmarks/evidence](../benchmarks/evidence/README.md). All mixes are 0.6 of cross-entropy and 0.4 of the
 other loss.
 """
