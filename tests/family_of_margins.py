@@ -15,9 +15,9 @@ class MarginPart(Part):
         self.margin, self.cotangent = (self.batch.loss.new_zeros(n) for _ in range(2))
         self.rival = torch.zeros(n, dtype=torch.long, device=self.margin.device)
 
-    def see(self, chunk, logits, first, gradient):
+    def see(self, chunk, view, first, gradient):
         if first:
-            labels = self.batch.rows.labels[chunk.rows, None]
+            logits, labels = view.logits(), self.batch.rows.labels[chunk.rows, None]
             others = logits.scatter(1, labels, -torch.inf)
             largest, self.rival[chunk.rows] = others.max(1)
             self.margin[chunk.rows] = logits.gather(1, labels).squeeze(1) - largest

@@ -35,6 +35,7 @@ class Batch:
     rows: on the device of the logits; ``host``: the same in main memory, so that bookkeeping waits for no device.
     counts: number of rows by selector. denominators: what the sum over the rows of a selector is divided by.
     averaged: these are the rows of one process, and the gradients of all processes will be averaged, not summed.
+    at_once: rows of a chunk at most, and what number of them divides a chunk's, where the source has a say.
     gradient: whether one is wanted.
     statistics: (N,) each, of all rows, by name.
     sums: of each term over its rows or sets, unweighted, detached. loss: of the weighted terms, detached.
@@ -48,6 +49,7 @@ class Batch:
     averaged: bool
     vocab_size: int
     dtype: torch.dtype
+    at_once: tuple[int, int] | None = None
     gradient: bool = False
     statistics: dict[Key, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -57,7 +59,8 @@ class Batch:
     def __post_init__(self) -> None:
         device = self.rows.labels.device
         budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
-        slices = chunks_of(len(self), max(1, budget // (self.vocab_size * self.dtype.itemsize)))
+        most, multiple = self.at_once or (max(1, budget // (self.vocab_size * self.dtype.itemsize)), 1)
+        slices = chunks_of(len(self), most, multiple)
         self.chunks = [Chunk(number, rows) for number, rows in enumerate(slices)]
         self.loss = torch.zeros((), dtype=self.dtype, device=device)
         self._windows: dict[Group, list[Window | None]] = {}
@@ -124,7 +127,11 @@ class Batch:
         return term.weight * (values * rows).sum() / self.denominators[term.rows]
 
 
-def chunks_of(n: int, most: int) -> Sequence[slice]:
-    """As few as can be of at most so many rows, and of equal size: a small one at the end reads the whole head too."""
+def chunks_of(n: int, most: int, multiple: int = 1) -> Sequence[slice]:
+    """As few as can be of at most so many rows, and of equal size: a small one at the end reads the whole head too.
+
+    All but the last have a multiple of so many rows, by which ``most`` can be divided.
+    """
     size = -(-n // max(1, -(-n // most)))
+    size = -(-size // multiple) * multiple
     return [slice(i, min(i + size, n)) for i in range(0, n, size or 1)]

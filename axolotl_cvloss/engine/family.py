@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .gradient import LogitGradient
     from .sets import Sets, Window
     from .terms import Term
+    from .views import View
 
 
 class Part:
@@ -26,21 +27,24 @@ class Part:
     whole: The values need statistics of all rows, so ``total`` is called once for all of them, and the logits are
         visited a second time for the gradient.
     revisits: ``see`` must get the logits of every chunk again before its ``pull``.
+    columns_only: It looks at a few columns of a chunk, and ``pull`` adds to ``gradient.columns`` alone. The kernels
+        serve no other.
     """
 
     whole: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
+    columns_only: ClassVar[bool] = False
 
     def __init__(self, terms: Sequence[Term], batch: Batch) -> None:
         self.terms, self.batch = terms, batch
 
     # collect
 
-    def see(self, chunk: Chunk, logits: Tensor, first: bool, gradient: bool) -> None:
-        """The logits (n, V) of a chunk, not to be changed. ``gradient``: its ``pull`` comes next."""
+    def see(self, chunk: Chunk, view: View, first: bool, gradient: bool) -> None:
+        """The logits of a chunk. ``gradient``: its ``pull`` comes next."""
 
-    def see_p(self, chunk: Chunk, p: Tensor) -> None:
-        """The probabilities (n, V) of a chunk at its first visit, not to be changed."""
+    def see_p(self, chunk: Chunk, view: View) -> None:
+        """The probabilities of a chunk at its first visit."""
 
     def finish(self) -> None:
         """All chunks have been seen once."""

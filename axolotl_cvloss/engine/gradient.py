@@ -9,6 +9,7 @@ from torch import Tensor
 from .numerics import one_minus_exp
 from .sets import Window
 from .statistics import FACTORED, Key, blocks, named
+from .views import FusedView
 
 
 @dataclass
@@ -27,6 +28,7 @@ class LogitGradient:
     columns: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (C,) and (n, C)
     mean: Tensor | None = None
     dense: Tensor | None = None
+    view: FusedView | None = None  # has p, in place of it
 
     @classmethod
     def build(
@@ -113,8 +115,8 @@ class LogitGradient:
         assert self.p is not None
         slope, unit = fitted(self.slope, hidden.dtype)
         sloped = hidden * slope[:, None]
-        if hidden.dtype == total.dtype:
-            total.addmm_(self.p.T, sloped)
+        if unit is None:
+            add_product(total, self.p.to(hidden.dtype).T, sloped)
         else:
             total += restored(self.p.to(hidden.dtype).T @ sloped, unit)
         hidden = hidden.to(total.dtype)
@@ -211,6 +213,31 @@ def fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 def restored(product: Tensor, unit: Tensor | None) -> Tensor:
     """A product of fitted values, in the unit it would have without fitting."""
     return product if unit is None else product.to(unit.dtype).mul_(unit)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a total, without rounding to a smaller dtype first where the device has such a product."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif wide_products(total):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in another dtype than theirs."""
+    if left.dtype != dtype and wide_products(left):
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def wide_products(tensor: Tensor) -> bool:
+    """Whether its device multiplies bf16 into float32."""
+    return tensor.device.type == "cuda" and torch.version.hip is None and TORCH >= (2, 8)
+
+
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

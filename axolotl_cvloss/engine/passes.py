@@ -22,6 +22,7 @@ from .sets import SetCounts, Window
 from .sources import LogitSource
 from .statistics import FACTORED, STATISTICS, Key, collect, named
 from .terms import Term
+from .views import FusedView, View
 
 
 @dataclass
@@ -127,6 +128,7 @@ class _Pass:
         batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
         batch.gradient, batch.p_at = gradient, self.p_at
         self.largest, self.top = zeros.clone(), zeros.clone()  # as softmax_ gives them
+        self.z: Tensor | None = None
         self.diagnostics = {name: zeros.clone() for name in ("entropy", "accuracy") if diagnose}
         self.parts: list[Part] = [family.part(found, batch) for family, found in families.items()]
 
@@ -142,24 +144,24 @@ class _Pass:
 
     def _in_one_visit(self) -> None:
         for chunk in self.batch.chunks:
-            p = self._visit(chunk, self.gradient)
+            view = self._visit(chunk, self.gradient)
             found = self._evaluate(chunk.rows)
             if self.gradient:
-                self._pull(chunk, p, found)
+                self._pull(chunk, view, found)
 
     def _in_two_visits(self) -> None:
         chunks, revisits = self.batch.chunks, any(part.revisits for part in self.parts)
         revisits = revisits or self.keeps_z
         mixes = self.gradient and self.source.mixes and not revisits and not self.elementwise
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, View] = {}
         for chunk in chunks:
-            p = self._visit(chunk, gradient=False)
+            view = self._visit(chunk, gradient=False)
             for part in self.parts:
-                part.see_p(chunk, p)
+                part.see_p(chunk, view)
             if mixes:
-                self.source.mix(chunk.rows, p.scatter_(1, self.batch.rows.labels[chunk.rows, None], 0))
+                self.source.mix(chunk.rows, view.take_others(self.batch.rows.labels[chunk.rows]))
             elif self.gradient and not revisits and (chunk is chunks[-1] or self.source.keeps(chunk.rows)):
-                kept[chunk.number] = p
+                kept[chunk.number] = view
         for part in self.parts:
             part.finish()
         found = self._evaluate(slice(0, len(self.batch)))
@@ -170,12 +172,14 @@ class _Pass:
                     again = self._visit_again(chunk)
                 self._pull(chunk, again, {name: x[chunk.rows] for name, x in found.items()})
 
-    def _visit(self, chunk: Chunk, gradient: bool) -> Tensor:
-        """p of a chunk, which the parts have seen, and its statistics put down."""
-        logits, labels = self.source.logits(chunk.rows), self.batch.rows.labels[chunk.rows]
+    def _visit(self, chunk: Chunk, gradient: bool) -> View:
+        """A chunk with its p, which the parts have seen, and its statistics put down."""
+        view, labels = self.source.view(chunk.rows), self.batch.rows.labels[chunk.rows]
         for part in self.parts:
-            part.see(chunk, logits, True, gradient)
-        statistics = self.batch.statistics
+            part.see(chunk, view, True, gradient)
+        if isinstance(view, FusedView):
+            return self._collect(chunk, view, labels)
+        statistics, logits = self.batch.statistics, view.logits()
         for key in self.collected["z"]:
             statistics[key][chunk.rows] = collect(key, logits, labels)
         target = logits.gather(1, labels[:, None]).squeeze(1)
@@ -192,15 +196,34 @@ class _Pass:
         self.largest[chunk.rows], self.top[chunk.rows] = largest, top
         statistics["lse"][chunk.rows] = largest - top
         statistics["logp"][chunk.rows] = target - largest + top
-        return p
+        return view
 
-    def _visit_again(self, chunk: Chunk) -> Tensor:
-        """p of a chunk, once more."""
-        logits = self.source.logits(chunk.rows)
+    def _collect(self, chunk: Chunk, view: FusedView, labels: Tensor) -> FusedView:
+        """The statistics of a chunk by the kernel."""
+        statistics, rows = self.batch.statistics, chunk.rows
+        found = view.collect(labels, any(key != "target_logit" for key in self.collected["z"]), bool(self.diagnostics))
+        logp = found.target - found.largest + found.top
+        values = {"logp": logp, "lse": found.largest - found.top, "target_logit": found.target}
+        if found.distance is not None:
+            values |= {"mean_logit": found.target + found.distance, "mean_logp": logp + found.distance}
+        for key in ("logp", "lse", *self.collected["z"]):
+            statistics[key][rows] = values[str(key)]
+        for name in self.diagnostics:
+            self.diagnostics[name][rows] = getattr(found, name)
+        self.largest[rows], self.top[rows] = found.largest, found.top
+        return view.know(found.largest, found.top)
+
+    def _visit_again(self, chunk: Chunk) -> View:
+        """A chunk with its p, once more."""
+        view = self.source.view(chunk.rows)
         for part in self.parts:
-            part.see(chunk, logits, False, True)
+            part.see(chunk, view, False, True)
+        if isinstance(view, FusedView):
+            return view.know(self.largest[chunk.rows], self.top[chunk.rows])
+        logits = view.logits()
         self.z = logits.clone() if self.keeps_z else None
-        return torch.softmax(logits, 1, out=logits)
+        torch.softmax(logits, 1, out=logits)
+        return view
 
     def p_at(self, number: int, window: Window) -> Tensor:
         """p of the rows of a chunk at the columns of a window, without the logits of all."""
@@ -223,17 +246,19 @@ class _Pass:
             part.take(rows, [next(rest) for _ in given])
         return dict(zip(statistics, found, strict=False))
 
-    def _pull(self, chunk: Chunk, p: Tensor | None, found: Mapping[Key, Tensor]) -> None:
+    def _pull(self, chunk: Chunk, view: View | None, found: Mapping[Key, Tensor]) -> None:
         rows = chunk.rows
+        p = None if view is None or isinstance(view, FusedView) else view.p
         labels, logp = self.batch.rows.labels[rows], self.batch.statistics["logp"][rows]
         values = {key: self.batch.statistics[key][rows] for keys in self.collected.values() for key in keys}
         cotangents = {key: x for key, x in found.items() if key in values or key in FACTORED}
-        gradient = LogitGradient.build(p, logp, labels, cotangents, self._columns(chunk, p), self.z, values)
+        gradient = LogitGradient.build(p, logp, labels, cotangents, self._columns(chunk, view), self.z, values)
+        gradient.view = view if isinstance(view, FusedView) else None
         for part in self.parts:
             part.pull(chunk, gradient)
         self.source.pull(rows, gradient)
 
-    def _columns(self, chunk: Chunk, p: Tensor | None) -> list[tuple[Window, Tensor]]:
+    def _columns(self, chunk: Chunk, view: View | None) -> list[tuple[Window, Tensor]]:
         """For each group of sets the window of a chunk, and p times its cotangent at the window's columns."""
         found = []
         for group in self.batch.groups:
@@ -243,7 +268,7 @@ class _Pass:
             for part in self.parts:
                 cotangent = part.columns(group, chunk, window, cotangent)
             if cotangent is not None:
-                weighted = self.p_at(chunk.number, window) if p is None else p[:, window.columns]
+                weighted = self.p_at(chunk.number, window) if view is None else view.p_at(window.columns)
                 found.append((window, weighted.mul_(cotangent)))
         return found
 

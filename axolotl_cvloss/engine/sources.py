@@ -8,7 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .gradient import LogitGradient, fitted, gradient_dtype, restored, statistics_dtype
+from .gradient import (
+    LogitGradient,
+    add_product,
+    fitted,
+    gradient_dtype,
+    product,
+    restored,
+    statistics_dtype,
+    wide_products,
+)
+from .views import FusedView, View
+
+FUSED_BYTES = 512 << 20  # of logits at a time, for the kernels
 
 
 class LogitSource:
@@ -23,11 +35,20 @@ class LogitSource:
     tensors: Sequence[Tensor]
     vocab_size: int
     dtype: torch.dtype
+    not_fused = "logits that were given"  # why the kernels cannot serve it
+    fused = False  # whether they are to
     mixes = False  # after start: gradients without p may come in, for chunks whose p was given to ``mix``
 
     def keeps(self, rows: slice) -> bool:
         """After start: what ``logits`` returned for these rows stays as the caller left it until their ``pull``."""
         return False
+
+    def at_once(self) -> tuple[int, int] | None:
+        """How many rows of logits at most, and what number of them divides a chunk's."""
+        return None
+
+    def view(self, rows: slice) -> View:
+        return View(self.logits(rows))
 
     def logits(self, rows: slice) -> Tensor:
         """(n, V)"""
@@ -115,6 +136,8 @@ class HeadSource(LogitSource):
     Subclasses give the affine part.
     """
 
+    not_fused = "a head that is called"
+
     def __init__(self, hidden_states: Tensor, index: Tensor, scale: float, softcap: float | None) -> None:
         self.hidden = hidden_states.detach().reshape(-1, hidden_states.shape[-1])[index]
         self.index = index
@@ -190,6 +213,31 @@ class LinearSource(HeadSource):
         self.vocab_size = len(weight)
         self.dtype = statistics_dtype(compute_dtype)
         self._buffer: Tensor | None = None
+        fits = compute_dtype in (torch.bfloat16, torch.float32)
+        self.not_fused = "" if fits else f"products in {str(compute_dtype).removeprefix('torch.')}"
+
+    def at_once(self) -> tuple[int, int] | None:
+        if not self.fused or self.weight.device.type == "cpu":
+            return None
+        n, width = self.hidden.shape
+        if n <= 2 * width and self.tensors[1].requires_grad:
+            # Logits of all rows take no more than the float32 sums of the weight's gradient, which they spare.
+            return max(1, n), 1
+        return max(128, FUSED_BYTES // (self.vocab_size * self.weight.itemsize) // 128 * 128), 128
+
+    def view(self, rows: slice) -> View:
+        if not self.fused:
+            return super().view(rows)
+        hidden = self.hidden[rows]
+        padded = -(-self.vocab_size // 64) * 64  # rows of an odd V could not be read 16 bytes at a time
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = hidden.new_empty(len(hidden), padded)
+        raw = self._buffer[: len(hidden), : self.vocab_size]
+        if self.bias is None:
+            torch.mm(hidden, self.weight.T, out=raw)
+        else:
+            torch.addmm(self.bias.to(raw.dtype), hidden, self.weight.T, out=raw)
+        return FusedView(raw, padded, self.scale, self.softcap)
 
     def _affine(self, rows: slice) -> Tensor:
         hidden = self.hidden[rows]
@@ -207,7 +255,9 @@ class LinearSource(HeadSource):
         return self._process(logits if self.bias is None else logits.add_(self.bias[columns]))
 
     def start(self, wanted: Sequence[bool]) -> None:
-        super().start(wanted)
+        written = self.fused and len(self.hidden) > 0  # the first chunk makes the gradient of the weight
+        super().start([wanted[0], wanted[1] and not written, *wanted[2:]])
+        self.wanted = wanted
         self.mixes = wanted[0] and not any(wanted[1:]) and self.softcap is None
         if self.mixes:
             self._mixture = torch.empty_like(self.hidden, dtype=self.dtype)
@@ -215,7 +265,23 @@ class LinearSource(HeadSource):
     def mix(self, rows: slice, p: Tensor) -> None:
         self._mixture[rows] = p.to(self.weight.dtype) @ self.weight
 
+    def _pull_fused(self, rows: slice, dz: Tensor) -> None:
+        if self.wanted[0]:
+            self.hidden_grad[self.index[rows]] = (dz @ self.weight).to(self.hidden_grad.dtype)
+        if self.wanted[1]:
+            hidden = self.hidden[rows]
+            if (weight_grad := self.grads[1]) is not None:
+                add_product(weight_grad, dz.T, hidden)
+            else:  # of all rows it is no sum, and needs to be no wider than the gradient
+                whole = len(hidden) == len(self.hidden)
+                dtype = gradient_dtype(self.tensors[1].dtype) if whole else self._grad_dtype(self.tensors[1])
+                self.grads[1] = product(dz.T, hidden, dtype)
+        if self.bias is not None and (bias_grad := self.grads[2]) is not None:
+            bias_grad += dz.sum(0, dtype=bias_grad.dtype)
+
     def pull(self, rows: slice, gradient: LogitGradient) -> None:
+        if gradient.view is not None:
+            return self._pull_fused(rows, gradient.view.pull(gradient))
         if self.softcap is not None or gradient.dense is not None:
             return super().pull(rows, gradient)
         gradient = gradient.scaled(self.scale)
@@ -234,7 +300,10 @@ class LinearSource(HeadSource):
         if self.wanted[0]:
             self.hidden_grad[self.index[rows]] = restored(dz @ self.weight, unit).to(self.hidden_grad.dtype)
         if (weight_grad := self.grads[1]) is not None:
-            weight_grad += restored(dz.T @ self.hidden[rows], unit)
+            if unit is None and wide_products(dz):
+                add_product(weight_grad, dz.T, self.hidden[rows])
+            else:
+                weight_grad += restored(dz.T @ self.hidden[rows], unit)
 
 
 class ModuleSource(HeadSource):

@@ -16,6 +16,7 @@ from ..engine.rows import COMPLETION, Goldfish, Rows, Selector, select_rows
 from ..engine.sets import SetCounts
 from ..engine.sources import Head, LogitSource, TensorSource, device_of, head_source
 from ..engine.terms import Term
+from ..engine.views import fused
 from ..engine.vocabulary import rarity
 from ..losses.registry import available_losses
 from .config import KEY, ConfigError, CVLossConfig
@@ -224,6 +225,8 @@ class Objective:
     def _compute(self, source: LogitSource, rows: Rows, num_items_in_batch: Counts, progress: float) -> ObjectiveResult:
         _check_labels(rows.labels, source.vocab_size)
         device = source.tensors[0].device
+        terms = [term.at(progress) for term in self.terms]
+        source.fused = fused(source, terms)
         counts = {selector: int(mask.sum()) for selector, mask in rows.scopes.items()}
         batch = Batch(
             rows=rows.to(device, source.dtype),
@@ -233,8 +236,8 @@ class Objective:
             averaged=num_items_in_batch is None,
             vocab_size=source.vocab_size,
             dtype=source.dtype,
+            at_once=source.at_once(),
         )
-        terms = [term.at(progress) for term in self.terms]
         with torch.autocast(device.type, enabled=False):
             known = {}
             if self.label_counts is not None:  # in float64 as far as here, which not every device has

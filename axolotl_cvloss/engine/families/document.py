@@ -10,6 +10,8 @@ from ..terms import Term
 
 
 class DocumentPart(SetPart):
+    columns_only = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         for term in self.terms:

@@ -10,16 +10,19 @@ from ..batch import Chunk
 from ..family import Family, Part
 from ..gradient import LogitGradient, cotangents
 from ..terms import Term
+from ..views import View
 from ..vocabulary import NumberTokens, number_tokens
 
 
 class NumberPart(Part):
+    columns_only = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by the number of a chunk
         self._tokens = {term.name: _numbers(term).tensors(self.batch.loss) for term in self.terms}
 
-    def see(self, chunk: Chunk, logits: Tensor, first: bool, gradient: bool) -> None:
+    def see(self, chunk: Chunk, view: View, first: bool, gradient: bool) -> None:
         if not first:
             return
         labels = self.batch.rows.labels[chunk.rows]
@@ -28,9 +31,9 @@ class NumberPart(Part):
             tokens, values = self._tokens[term.name]
             # Any value where the target is no number: such rows are none of the term's.
             target = values[torch.searchsorted(tokens, labels).clamp_max(len(tokens) - 1)]
-            here = _numbers(term).below(logits.shape[1])
+            here = _numbers(term).below(view.vocab_size)
             tokens, values = tokens[:here], values[:here]
-            leaf = logits[:, tokens].requires_grad_(self.batch.gradient)
+            leaf = view.at(tokens).requires_grad_(self.batch.gradient)
             with torch.set_grad_enabled(self.batch.gradient):
                 total = self.batch.row_total(
                     term, chunk.rows, {"number_logits": leaf, "values": values, "target": target}

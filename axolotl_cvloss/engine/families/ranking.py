@@ -13,6 +13,8 @@ from ..terms import Term
 
 
 class RankingPart(SetPart):
+    columns_only = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         for term in self.terms:

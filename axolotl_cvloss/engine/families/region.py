@@ -10,19 +10,22 @@ from ..batch import Chunk, Group
 from ..family import Family, SetPart, of_each_set
 from ..sets import Sets, Window
 from ..terms import Term
+from ..views import View
 
 
 class RegionPart(SetPart):
+    columns_only = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._predicted = {
             (term.rows, term.per): self.batch.loss.new_zeros(len(self.batch.sets(term).labelled)) for term in self.terms
         }
 
-    def see_p(self, chunk: Chunk, p: Tensor) -> None:
+    def see_p(self, chunk: Chunk, view: View) -> None:
         for group, sums in self._predicted.items():
             if (window := self.batch.windows(group)[chunk.number]) is not None:
-                sums[window.pairs] += window.sums(p[:, window.columns])
+                sums[window.pairs] += window.sums(view.p_at(window.columns))
 
     def finish(self) -> None:
         for group, sums in self._predicted.items():

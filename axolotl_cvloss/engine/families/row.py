@@ -1,18 +1,18 @@
 """Losses of one row, from all its logits: autograd differentiates them on a chunk at a time."""
 
 import torch
-from torch import Tensor
 
 from ..batch import Chunk
 from ..family import Family, Part
 from ..gradient import LogitGradient
+from ..views import View
 
 
 class RowPart(Part):
     revisits = True
 
-    def see(self, chunk: Chunk, logits: Tensor, first: bool, gradient: bool) -> None:
-        leaf = logits.detach().requires_grad_(gradient)
+    def see(self, chunk: Chunk, view: View, first: bool, gradient: bool) -> None:
+        leaf = view.logits().detach().requires_grad_(gradient)
         given = {"logits": leaf, "labels": self.batch.rows.labels[chunk.rows]}
         with torch.set_grad_enabled(gradient):
             total = self.batch.loss.new_zeros(())

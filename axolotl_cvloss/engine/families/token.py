@@ -10,6 +10,8 @@ from ..statistics import STATISTICS
 
 
 class TokenPart(Part):
+    columns_only = True
+
     def total(self, rows: slice, statistics: Mapping[Any, Tensor]) -> Tensor | float:
         total: Tensor | float = 0.0
         for term in self.terms:
