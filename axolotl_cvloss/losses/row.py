@@ -58,7 +58,7 @@ def squentropy(logits: Tensor, labels: Tensor, coefficient: NonNegative = 1.0) -
         a small coefficient. No evidence in fine-tuning yet.
     """
     others = logits.masked_fill(logits == -torch.inf, 0).scatter(1, labels[:, None], 0)
-    count = (_possible(logits) - 1).clamp_min(1)
+    count = (_possible(logits) - 1).clamp_min(1).to(logits.dtype)  # an integer would make it a float32
     return _cross_entropy(logits, labels) + coefficient / count * torch.einsum("nv,nv->n", others, others)
 
 
