@@ -2,6 +2,8 @@
 
 import ast
 import builtins
+import inspect
+import itertools
 import json
 import re
 import shlex
@@ -126,6 +128,12 @@ def test_every_built_in_loss_says_what_users_ask(tool):
             assert loss.summary.endswith("."), loss.name
             assert loss.formula, loss.name
             assert loss.source, loss.name
+
+
+def test_docstrings_have_the_arguments_of_the_losses(tool):
+    for loss in itertools.chain(*(losses for family, losses in tool.built_in().items() if family != "token")):
+        said = inspect.getdoc(loss.function).split("\nArgs:\n")[1]
+        assert re.findall(r"^    (\w+): ", said, re.MULTILINE) == list(inspect.signature(loss.function).parameters)
 
 
 def test_the_pictures_of_losses(tool):

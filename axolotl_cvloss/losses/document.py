@@ -23,6 +23,11 @@ def topk_cross_entropy(logp: Tensor, rows: Segments, k: PositiveFraction = 0.1) 
     Helps: where most tokens are learnt and train no more; mix it with cross-entropy, which keeps the rest.
     Hurts: with wrong labels, which are the hardest tokens of all. No evidence in fine-tuning yet; the default of k is
         ours.
+
+    Args:
+        logp: (n,), log p of the target of each row.
+        rows: The rows of the sets (n,), and whose they are.
+        k: The fraction of the tokens that counts.
     """
     wanted = (k * rows.sizes.double()).long().clamp_min(1).to(logp.device, non_blocking=True)
     hard = rows.rank(-logp) < wanted[rows.index]  # a NaN is the largest, and is seen
@@ -41,6 +46,11 @@ def direct_coverage(logp: Tensor, rows: Segments, n: Number = 256) -> Tensor:
         surer than that needs.
     Hurts: the first answer (pass@1), which cross-entropy trains further. Long documents have P near 0, and then it is
         the sum of -log p alone.
+
+    Args:
+        logp: (n,), log p of the target of each row.
+        rows: The rows of the sets (n,), and whose they are.
+        n: How many answers are sampled.
     """
     log_probability = rows.sum(logp)
     # Below, (1 - P)^n is 1 - n P to rounding; P itself may be too small for a number.

@@ -22,6 +22,12 @@ def number_token_wasserstein(number_logits: Tensor, values: Tensor, target: Tens
     Source: Zausinger et al. 2024, Regress, Don't Guess, arXiv:2411.02083
     Helps: arithmetic, where a number near the right one is better than one far off. Mix it with cross-entropy.
     Hurts: it says nothing of other tokens, nor of the probability that a number comes at all.
+
+    Args:
+        number_logits: (n, K), logits at the number tokens.
+        values: (K,), their values.
+        target: (n,), the value of each row's target.
+        max_digits: Tokens of at most so many digits are numbers.
     """
     q = number_logits.softmax(1)
     return (q * (values - target[:, None]).abs()).sum(1)
@@ -34,6 +40,12 @@ def number_token_mse(number_logits: Tensor, values: Tensor, target: Tensor, max_
     Source: Zausinger et al. 2024, Regress, Don't Guess, arXiv:2411.02083
     Helps: as number_token_wasserstein, which its authors found better.
     Hurts: a mean may be right where no number is: 3 and 5 make 4. Values are squares; give it a small weight.
+
+    Args:
+        number_logits: (n, K), logits at the number tokens.
+        values: (K,), their values.
+        target: (n,), the value of each row's target.
+        max_digits: Tokens of at most so many digits are numbers.
     """
     # The mean distance, not the mean less the target, which cancels where the model is sure.
     return (number_logits.softmax(1) * (values - target[:, None])).sum(1) ** 2

@@ -23,6 +23,13 @@ def lovasz(errors: Tensor, foreground: Tensor, segment: Tensor, labelled: Tensor
     Helps: exact match on short answers and formulas, beside cross-entropy: the paper names it with focal as the
         losses that gain most.
     Hurts: alone, as it is flat where the model is far off; long free text has had little testing.
+
+    Args:
+        errors: (M,), the errors of all classes, class after class, each sorted downwards.
+        foreground: (M,), whether the row of the error is labelled with the class.
+        segment: (M,), the class of the error.
+        labelled: (C,), number of rows labelled with the class.
+        tolerance: Errors of other rows below it are left out; read by the engine, not here.
     """
     first = torch.searchsorted(segment, torch.arange(len(labelled), device=segment.device))
     hits = _running_count(foreground, first, segment)

@@ -32,6 +32,14 @@ def tversky(
     Source: Salehi et al. 2017, Tversky loss function for image segmentation, arXiv:1706.05721; smooth is ours
     Helps: where missing a token is worse than putting it in a wrong place (beta above alpha), or the other way round.
     Hurts: alone, as it is flat where the model is far off. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        alpha: Price of a false positive.
+        beta: Price of a miss.
+        smooth: Added to both sides of the fraction; keeps classes of few rows from counting in full.
     """
     false = alpha * (predicted - intersection) + beta * (labelled - intersection)
     return false / (intersection + false + smooth)  # 1 - x / (x + false) without cancellation near 0
@@ -44,6 +52,12 @@ def dice(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: NonN
     Source: Milletari et al. 2016, V-Net, arXiv:1606.04797
     Helps: beside cross-entropy, where rare tokens of a short answer decide: each class counts the same.
     Hurts: alone, as it is flat where the model is far off. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        smooth: Added to both sides of the fraction; keeps classes of few rows from counting in full.
     """
     return tversky(intersection, predicted, labelled, alpha=0.5, beta=0.5, smooth=smooth / 2)
 
@@ -55,6 +69,12 @@ def jaccard(intersection: Tensor, predicted: Tensor, labelled: Tensor, smooth: N
     Source: Rahman and Wang 2016, Optimizing Intersection-Over-Union in Deep Neural Networks
     Helps: as dice, with a stronger pull on the worst classes.
     Hurts: alone, as it is flat where the model is far off. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        smooth: Added to both sides of the fraction; keeps classes of few rows from counting in full.
     """
     return tversky(intersection, predicted, labelled, alpha=1.0, beta=1.0, smooth=smooth)
 
@@ -69,6 +89,11 @@ def jaccard_metric(intersection: Tensor, predicted: Tensor, labelled: Tensor) ->
     Source: Wang et al. 2023, Jaccard Metric Losses, arXiv:2302.05666
     Helps: as jaccard; what it adds is for soft labels, which there are none of here.
     Hurts: as jaccard, and without smoothing classes of one token count in full. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
     """
     return jaccard(intersection, predicted, labelled, smooth=0.0)
 
@@ -90,6 +115,15 @@ def focal_tversky(
     Source: Abraham and Khan 2018, A Novel Focal Tversky Loss Function, arXiv:1810.07842; smooth is ours
     Helps: as tversky; gamma says which classes to attend to.
     Hurts: with gamma below 1 the gradient grows without bound as a class gets right. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        alpha: Price of a false positive.
+        beta: Price of a miss.
+        gamma: The power.
+        smooth: Added to both sides of the fraction; keeps classes of few rows from counting in full.
     """
     # The derivative of 0^gamma is infinite for gamma < 1: keep away from 0.
     return tversky(intersection, predicted, labelled, alpha, beta, smooth).clamp_min(_tiny(intersection)) ** gamma
@@ -104,6 +138,13 @@ def log_cosh_dice(
     Source: Jadon 2020, A survey of loss functions for semantic segmentation, arXiv:2006.14822
     Helps: as dice, with gradients that fade towards the end of training.
     Hurts: as dice, and it stops sooner. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        classes: The classes of the sets (C,), and whose they are.
+        smooth: Added to both sides of the fraction; keeps classes of few rows from counting in full.
     """
     return classes.mean(dice(intersection, predicted, labelled, smooth)).cosh().log()
 
@@ -126,6 +167,18 @@ def unified_focal(
     Source: Yeung et al. 2021, Unified Focal loss, arXiv:2102.04525; smooth is ours, the paper's is 1e-6
     Helps: one set of parameters in the place of a mixture of two terms.
     Hurts: it takes away the choice of scope and weight for each part. No evidence in fine-tuning yet.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        logp: (n,), log p of the target of each row.
+        classes: The classes of the sets (C,), and whose they are.
+        rows: The rows of the sets (n,), and whose they are.
+        focal_weight: Share of the focal part; the rest is that of regions.
+        delta: Price of a miss, and weight of the focal part.
+        gamma: The power of regions; that of focal is 1 - gamma.
+        smooth: Added to both sides of the fraction; keeps classes of few rows from counting in full.
     """
     tokens = delta * rows.mean(focal(logp, gamma=1 - gamma))
     regions = classes.mean(focal_tversky(intersection, predicted, labelled, 1 - delta, delta, gamma, smooth))
@@ -141,6 +194,13 @@ def generalized_dice(
     Source: Sudre et al. 2017, Generalised Dice overlap, arXiv:1707.03237
     Helps: beside cross-entropy, where tokens that occur once in an answer decide.
     Hurts: frequent tokens hardly count. The paper's own figures for it say nothing: its code trains nothing with it.
+
+    Args:
+        intersection: (C,), probability of the class summed over the rows labelled with it.
+        predicted: (C,), probability of the class summed over all rows of its set.
+        labelled: (C,), number of rows labelled with the class.
+        classes: The classes of the sets (C,), and whose they are.
+        smooth: Added to both sides of the fraction.
     """
     weight = labelled**-2
     overlap = classes.sum(weight * intersection)

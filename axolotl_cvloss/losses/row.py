@@ -37,6 +37,13 @@ def asymmetric(
     Source: Ridnik et al. 2020, Asymmetric Loss for Multi-Label Classification, arXiv:2009.14119, its form for one label
     Helps: in the place of label smoothing; published for images.
     Hurts: with a large vocabulary the second part is all but 0. No evidence in fine-tuning yet.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        gamma_positive: Power of focal, on the target.
+        gamma_negative: The same for the other tokens; a large one leaves out those that are unlikely.
+        label_smoothing: Share of the uniform distribution in the target.
     """
     logp = _log_softmax(logits)
     target = _at(logp, labels)
@@ -56,6 +63,11 @@ def squentropy(logits: Tensor, labels: Tensor, coefficient: NonNegative = 1.0) -
     Helps: calibration, in models trained from scratch with it.
     Hurts: base models, whose logits were never near 0: most of the gradient moves the logits of unlikely tokens. Take
         a small coefficient. No evidence in fine-tuning yet.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        coefficient: Of the squares; 0 is cross-entropy.
     """
     others = logits.masked_fill(logits == -torch.inf, 0).scatter(1, labels[:, None], 0)
     count = (_possible(logits) - 1).clamp_min(1).to(logits.dtype)  # an integer would make it a float32
@@ -71,6 +83,12 @@ def spherical_z(logits: Tensor, labels: Tensor, slope: Positive = 1.0, offset: f
     Source: de Brebisson and Vincent 2016, The Z-loss, arXiv:1604.08859; the paper tunes slope and offset, defaults ours
     Helps: ranking the target among the first few; shifting or scaling the logits changes nothing.
     Hurts: it does not train probabilities: alone, p and sampling from it drift. No evidence in fine-tuning yet.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        slope: Of the softplus; a large one makes it a hinge.
+        offset: Standard deviations that the target is wanted above the mean.
     """
     shifted, count = _shifted(logits), _possible(logits)
     ruled_out = logits == -torch.inf
@@ -92,6 +110,12 @@ def ldr(logits: Tensor, labels: Tensor, temperature: Positive = 1.0, margin: Non
     Helps: a margin above the other tokens; a temperature above 1 counts all wrong tokens more alike.
     Hurts: away from temperature 1 the model's probabilities are those at another temperature. No evidence in
         fine-tuning yet.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        temperature: Near 0 the strongest other token alone counts.
+        margin: How far the target's logit is wanted above the others.
     """
     scaled = _shifted(logits) / temperature
     # A margin on all others is one off the target.
@@ -109,6 +133,10 @@ def sparsemax(logits: Tensor, labels: Tensor) -> Tensor:
     Helps: where answers are meant to be sampled with sparsemax; tokens with a margin of 1 train no more.
     Hurts: models that are sampled with softmax, which all hosts do: a margin of 1 is little there. Mix it with
         cross-entropy. No evidence in fine-tuning yet.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
     """
     from entmax import sparsemax_loss
 
@@ -128,6 +156,12 @@ def entropy_adaptive(logits: Tensor, labels: Tensor, alpha: NonNegative = 1.0, k
     Source: Diao et al. 2026, Entropy-Adaptive Fine-Tuning, arXiv:2601.02151
     Helps: keeping what the base model can do, where the data contradict what it is sure of.
     Hurts: correcting a model that is sure and wrong, which it gives up on.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        alpha: Power of the uncertainty; 0 is cross-entropy.
+        k: How many of the likeliest tokens it is taken from.
     """
     top = logits.detach().topk(min(k, logits.shape[1]), sorted=False).values.softmax(1)
     weight = (torch.special.entr(top).sum(1) / math.log(k)) ** alpha
@@ -142,6 +176,11 @@ def confidence_penalty(logits: Tensor, labels: Tensor, coefficient: NonNegative 
         arXiv:1701.06548; the paper tunes the coefficient, default ours
     Helps: small data sets, on which the model would become overconfident, and the diversity of samples.
     Hurts: exact answers, as every other token is kept likelier than the data say.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        coefficient: Of the entropy; 0 is cross-entropy.
     """
     logp = _log_softmax(logits)
     return coefficient * (logp.exp() * logp).sum(1) - _at(logp, labels)
@@ -157,6 +196,11 @@ def gem(logits: Tensor, labels: Tensor, beta: PositiveFraction = 0.7) -> Tensor:
     Source: Li et al. 2024, Preserving Diversity in Supervised Fine-Tuning, arXiv:2408.16673
     Helps: keeping the diversity of answers, as a cold start for reinforcement learning or for sampling many.
     Hurts: where one exact answer is wanted, little is known. The value falls below 0 and is no measure of progress.
+
+    Args:
+        logits: (n, V), of the rows.
+        labels: (n,), the targets.
+        beta: Temperature of q; a small one takes from the likeliest tokens alone.
     """
     shifted = _shifted(logits)
     q = (shifted.detach() / beta).softmax(1)
