@@ -2,13 +2,16 @@
 
 import copy
 import random
+from typing import Annotated
 
 import pytest
 import yaml
+from annotated_types import Ge, Le
 from helpers import temporary_losses
+from pydantic import create_model
 
 from axolotl_cvloss import available_losses, register_loss
-from axolotl_cvloss.objective.config import MOST_PROBLEMS, ConfigError, CVLossConfig, TermConfig
+from axolotl_cvloss.objective.config import MOST_PROBLEMS, ConfigError, CVLossConfig, TermConfig, allowed
 
 LOSSES = available_losses()
 NAMES = ", ".join(LOSSES)
@@ -461,3 +464,9 @@ def test_a_thousand_malformed_keys_give_a_thousand_clear_errors():
         assert all(any(tell in line for tell in TELLS) for line in lines), (number, message)
         assert len(lines) <= MOST_PROBLEMS + 1, number
         assert max(map(len, lines)) < 350 + len(NAMES), (number, message)
+
+
+def test_bounds_are_written_in_one_way_whoever_made_the_annotation_first():
+    """typing keeps one object for equal annotations, so that 0 may come back as 0.0."""
+    fields = {"near": (Annotated[float, Ge(0.0), Le(2.5)], 1.0)}
+    assert allowed(create_model("Bounds", **fields), "near") == "a finite number >= 0 and <= 2.5"

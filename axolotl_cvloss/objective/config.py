@@ -314,8 +314,13 @@ def allowed(model: type[BaseModel], name: str) -> str:
     words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a text"}
     text = words.get(annotation, str(annotation))
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{signs[k]} {getattr(m, k)}" for m in field.metadata for k in signs if hasattr(m, k)]
+    # Not 0.0 for 0: typing hands out one Annotated[float, Ge(0)] for both, the one that any library made first.
+    bounds = [f"{signs[k]} {_short(getattr(m, k))}" for m in field.metadata for k in signs if hasattr(m, k)]
     return " ".join([text, " and ".join(bounds)]).strip()
+
+
+def _short(bound: float) -> float:
+    return int(bound) if bound == int(bound) else bound
 
 
 def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
