@@ -393,7 +393,7 @@ def test_plot_makes_a_picture(tmp_path):
 
 def test_every_loss_can_be_looked_at_on_the_made_answer(monkeypatch):
     """Losses that are functions of p alone are drawn so too, where another one in the picture is not."""
-    monkeypatch.setattr(answer, "GRID", answer.GRID[9::40])  # as one point takes as long as all losses of a step
+    monkeypatch.setattr(answer, "GRID", answer.GRID[9::40])  # all 99 points of all losses take half a minute
     looks = json.loads(run("plot", *available_losses(), "--json").stdout)
     assert list(looks) == list(available_losses())
     rows, vocab = len(answer.ANSWER), len(answer.VOCABULARY)
