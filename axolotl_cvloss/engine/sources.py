@@ -75,12 +75,12 @@ class LogitSource:
 
 
 class TensorSource(LogitSource):
-    """Rows ``index`` of a tensor of logits (..., V)."""
+    """Rows ``index`` (rising, in main memory, so that no device is asked where they are) of logits (..., V)."""
 
     def __init__(self, logits: Tensor, index: Tensor) -> None:
         self.tensors = (logits,)
         self.flat = logits.detach().reshape(-1, logits.shape[-1])
-        self.index = index
+        self.host, self.index = index, index.to(logits.device, non_blocking=True)
         self.vocab_size = logits.shape[-1]
         self.dtype = statistics_dtype(logits.dtype)
         self.grad: Tensor | None = None
@@ -97,17 +97,17 @@ class TensorSource(LogitSource):
     def start(self, wanted: Sequence[bool]) -> None:
         dtype = gradient_dtype(self.flat.dtype)
         self.grad = torch.empty_like(self.flat, dtype=dtype, memory_format=torch.contiguous_format)
-        unused = torch.ones(len(self.flat), dtype=torch.bool, device=self.flat.device)
-        self.grad.index_fill_(0, unused.index_fill_(0, self.index, False).nonzero().squeeze(1), 0)
+        unused = torch.ones(len(self.flat), dtype=torch.bool).index_fill_(0, self.host, False).nonzero().squeeze(1)
+        self.grad.index_fill_(0, unused.to(self.flat.device, non_blocking=True), 0)
 
     def keeps(self, rows: slice) -> bool:
         """Neighbours stay in the place of their gradient, where that has the precision for it."""
         if self.grad is None or self.grad.dtype != self.dtype:
             return False
-        return int(self.index[rows.stop - 1] - self.index[rows.start]) == rows.stop - 1 - rows.start
+        return int(self.host[rows.stop - 1] - self.host[rows.start]) == rows.stop - 1 - rows.start
 
     def _place(self, rows: slice, tensor: Tensor) -> Tensor:
-        first = int(self.index[rows.start])
+        first = int(self.host[rows.start])
         return tensor[first : first + rows.stop - rows.start]
 
     def pull(self, rows: slice, gradient: LogitGradient) -> None:

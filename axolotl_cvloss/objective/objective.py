@@ -184,7 +184,7 @@ class Objective:
         _check_shapes("logits", "V", logits, labels)
         count = inputs.pop("num_items_in_batch", None)
         rows = self.select_rows(labels, **inputs)
-        source = TensorSource(logits, rows.index.to(logits.device, non_blocking=True))
+        source = TensorSource(logits, rows.index)
         return self._compute(source, rows, count, progress)
 
     def from_hidden(
@@ -241,7 +241,8 @@ class Objective:
         with torch.autocast(device.type, enabled=False):
             known = {}
             if self.label_counts is not None:  # in float64 as far as here, which not every device has
-                known = {"rarity": rarity(self.label_counts, rows.labels).to(source.dtype).to(device)}
+                values = rarity(self.label_counts, rows.labels).to(source.dtype)
+                known = {"rarity": values.to(device, non_blocking=True)}
             outcome = compute(source, terms, batch, self.diagnose, known)
         return self._result(outcome, counts)
 
