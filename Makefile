@@ -7,7 +7,7 @@ LATEST := .venv-trl-latest
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes lint docs bench clean
+.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes lint docs bench bench-gpu clean
 
 help:  ## the targets
 	@grep -hE "^[a-z-]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z-]+):[^#]*## /  \1\t/" | expand -t 20
@@ -62,6 +62,10 @@ docs: $(INSTALLED)  ## the pages of docs/ as a site with search, docs/_build/ind
 
 bench: $(INSTALLED)  ## seconds and memory of the losses
 	$(BIN)/python benchmarks/loss_cost.py
+
+# A bare GPU machine has no .venv: PYTHON=python3 with PyTorch, Triton and transformers is enough.
+bench-gpu:  ## seconds and memory of heads on a CUDA device, beside others' losses: benchmarks/results/gpu.csv
+	$(PYTHON) benchmarks/gpu.py
 
 clean:  ## what the targets above leave behind, but for .venv
 	rm -rf demo-output outputs last_run_prepared build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

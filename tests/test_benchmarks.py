@@ -273,6 +273,19 @@ def test_training_step(tmp_path):
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["bytes"] > 1e8 for row in rows)
 
 
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_on_a_cpu_in_a_tiny_form(tmp_path):
+    out = tmp_path / "gpu.csv"
+    command = [sys.executable, FOLDER / "gpu.py", "--smoke", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with out.open() as file:
+        rows = {row["way"]: row for row in csv.DictReader(file)}
+    for way in ("ours", "full-logits cross_entropy", "products"):
+        assert float(rows[way]["ms"]) > 0
+        assert not rows[way]["failed"]
+
+
 # What could be skipped
 
 
