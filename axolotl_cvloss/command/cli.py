@@ -27,7 +27,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="axolotl-cvloss")
 def cli() -> None:
-    """Losses for the key cv_loss: list them, check a config, plot curves."""
+    """Losses for the key cv_loss: list them, check and probe a config, plot curves, compare objectives."""
 
 
 @cli.command("list")
@@ -119,6 +119,49 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
             of_host = {"axolotl": "for Axolotl", "trl": "for TRL", None: "as far as the key cv_loss goes"}
             click.echo(f"{config}: fine {of_host[report.host]}")
     sys.exit(1 if report.errors else 0)
+
+
+@cli.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--batches", type=click.IntRange(min=1), default=8, show_default=True, help="Micro-batches to look at.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Also the weight that would give each term this share of the gradient, the others as they are.",
+)
+@click.option("--host", type=click.Choice(["axolotl", "trl"]), help="What the config is for, if its keys do not say.")
+@as_json
+def probe(config: Path, batches: int, share: float | None, host: str | None, as_json: bool) -> None:
+    """What each term of CONFIG does: its gradient on the first micro-batches, and its share of the whole.
+
+    The model and the data are loaded as the host does; nothing is trained or saved.
+    """
+    import os
+    import subprocess
+    import tempfile
+
+    from .checking import check_file
+    from .compare.running import gpus
+
+    report = check_file(config, host)
+    if report.errors:
+        raise click.ClickException("\n".join(report.errors))
+    if report.host is None:
+        raise click.ClickException(f"{config}: its keys do not tell whether it is for Axolotl or TRL; give --host")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "probe.json"
+        command = [sys.executable, "-m", "axolotl_cvloss.command.probing", report.host, str(config), str(out)]
+        command += ["--batches", str(batches), *(() if share is None else ("--share", str(share)))]
+        # One process with one GPU; what hosts print is not what was asked for.
+        one = {"CUDA_VISIBLE_DEVICES": found[0]} if (found := gpus()) else {}
+        if subprocess.run(command, env={**os.environ, **one}, stdout=2).returncode:
+            raise click.ClickException(f"{config} could not be probed; the reason is above")
+        said = json.loads(out.read_text())
+    if as_json:
+        _print_json({"config": str(config), "host": report.host, **said})
+        return
+
+    _print_probe(said)
 
 
 @cli.command()
@@ -232,6 +275,39 @@ def _loss(name: str) -> "Loss":
         return get_loss(name)
     except KeyError as error:
         raise click.ClickException(f"unknown loss {name!r}; {error.args[0]}") from error
+
+
+def _print_probe(said: Mapping[str, Any]) -> None:
+    """What a probe says, for people."""
+
+    def text(value: Any, form: str = ".4g") -> str:
+        return "" if value is None else str(value) if isinstance(value, str) else format(value, form)
+
+    rows = [
+        {
+            "term": term["name"],
+            "weight": text(term["weight"]),
+            "value": text(term["value"]),
+            "rows": text(term["rows"], "d"),
+            "sets": text(term["sets"], "g"),
+            "classes a set": text(term["classes"], ".1f"),
+            "gradient": text(term["gradient_norm"]),
+            "in the head": text(term["head_gradient_norm"]),
+            "share": text(term["share"], ".1%"),
+            "cosine": text(term["cosine"], ".3f"),
+            "weight for the share": text(term.get("weight_for_share")),
+        }
+        for term in said["terms"]
+    ]
+    click.echo(f"{said['batches']} micro-batches, {said['rows']} labelled tokens, on {said['device']}\n")
+    _print_table_of(rows)
+    peak = {name: "unknown" if value is None else f"{value / 2**20:,.0f} MiB" for name, value in said["memory"].items()}
+    click.echo(
+        f"\npeak memory of a step, without the optimizer's: {peak['with_objective']} with the objective, "
+        f"{peak['without_objective']} with the model's own loss"
+    )
+    for line in said["warnings"]:
+        click.echo(f"warning: {line}")
 
 
 def _print_json(value: Any) -> None:

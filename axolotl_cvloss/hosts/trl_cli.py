@@ -5,9 +5,13 @@ too. What runs then is TRL's script with the config and the trainer of this pack
 """
 
 import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import trl
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from transformers import set_seed
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -34,6 +38,31 @@ def command() -> None:
     # accelerate refuses what it does not know either.
     launch_args = resolve_accelerate_config_argument([*of_config, *of_line])
     launch_command(launch_command_parser().parse_args([*launch_args, "--module", MODULE, *arguments]))
+
+
+def built(config: Path, folder: str, changes: Mapping[str, Any]) -> CVLossSFTTrainer:
+    """The trainer that the command would train with, on a config with some changes and this output folder."""
+    found: list[CVLossSFTTrainer] = []
+
+    class Built(CVLossSFTTrainer):
+        """Nothing is trained or saved."""
+
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            found.append(self)
+
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    changed = Path(folder) / "config.yaml"
+    own = {**yaml.safe_load(config.read_text()), "push_to_hub": False, **changes, "output_dir": folder}
+    changed.write_text(yaml.safe_dump(own))
+    script, training, model, datasets, *_ = parsed(["--config", str(changed)])
+    trl.SFTTrainer = Built
+    set_seed(training.seed)
+    with redirect_stdout(None):  # it would say that it has trained and saved
+        sft.main(script, training, model, datasets)
+    del Built.train  # from here on it trains
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 Row = dict[str, list[int]]
 
 
@@ -32,30 +30,12 @@ def of_axolotl(config: Path) -> Iterator[Row]:
 
 
 def of_trl(config: Path) -> Iterator[Row]:
-    import trl
-
-    from ...hosts import trl_cli
-
-    trainers = []
-
-    class Loading(trl_cli.CVLossSFTTrainer):
-        """What `trl sft` builds, which tokenizes the rows; nothing is trained or saved."""
-
-        def train(self, *args: Any, **kwargs: Any) -> None:
-            trainers.append(self)
-
-        def save_model(self, *args: Any, **kwargs: Any) -> None:
-            pass
+    from ...hosts.trl_cli import built
 
     with tempfile.TemporaryDirectory() as folder:
         # The script loads the test set only for a training that evaluates, and packing would join the rows.
         own = {"eval_strategy": "steps", "eval_steps": 1, "packing": False, "eval_packing": False}
-        changed = Path(folder) / "config.yaml"
-        changed.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **own, "output_dir": folder}))
-        script, training, model, data, *_ = trl_cli.parsed(["--config", str(changed)])
-        trl.SFTTrainer = Loading
-        trl_cli.sft.main(script, training, model, data)
-    (trainer,) = trainers
+        trainer = built(config, folder, own)
     for row in trainer.eval_dataset:
         made = trainer.data_collator([row])  # it makes labels of the masks of the row
         yield {"input_ids": made["input_ids"][0].tolist(), "labels": made["labels"][0].tolist()}
