@@ -58,6 +58,20 @@ class Rows:
     aligned: Tensor
     shifted: bool
 
+    def first(self, count: int) -> "Rows":
+        """At most so many rows: the first documents, or the beginning of a longer one."""
+        if count < len(self.labels):
+            whole = int((self.documents < self.documents[count]).sum())
+            count = whole or count
+        return replace(
+            self,
+            index=self.index[:count],
+            labels=self.labels[:count],
+            documents=self.documents[:count],
+            scopes={selector: mask[:count] for selector, mask in self.scopes.items()},
+            weights=None if self.weights is None else self.weights[:count],
+        )
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
         """On a device, with weights of that dtype."""
 

@@ -76,6 +76,7 @@ class ObjectiveTrainer(Trainer):
 
     cv_loss: Installation
     _cv_sums: dict[bool, Sums]
+    _cv_gradients: Tensor | None  # of the terms, in the last micro-batch of a step that is logged
     _cv_last: ObjectiveResult  # of the last micro-batch
     _cv_expected: Tensor | float  # the gradient that must come back for its loss
     _cv_gradient: Tensor | None  # that which came
@@ -144,6 +145,8 @@ class ObjectiveTrainer(Trainer):
         sums.add(self.state.global_step, weighted, numbers)
         if sums.waiting == FEW:
             self._cv_fold(training)
+        if result.gradients:
+            self._cv_gradients = torch.stack([result.gradients[term.name] for term in terms])
         self._cv_last = replace(result, loss=result.loss.detach())
 
     def _cv_take_gradient(self, gradient: Tensor) -> None:
@@ -199,6 +202,8 @@ class ObjectiveTrainer(Trainer):
         ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
         ``loss`` is; so in training ``loss`` is the weighted sum of the terms (``eval_loss`` is a mean over examples of
         the means of their batches). ``cv_loss/aux_loss`` is what a model adds of its own, as it is in ``loss``.
+        ``cv_loss/TERM/share`` is the norm of the weighted term's gradient in the logits over the sum of these norms, on
+        a sample of the rows of the last micro-batch; of an objective with several terms, where steps are logged.
         ``cv_loss/TERM/tokens`` is the number of rows of a step, ``.../sets`` that of sets, ``.../classes`` that of
         classes present in a set. An evaluation is one step, and nothing is logged of one without a trained row on any
         rank.
@@ -206,9 +211,14 @@ class ObjectiveTrainer(Trainer):
         self._cv_fold(training)
         terms = self.cv_loss.objective.terms
         # Of one shape on all ranks, whatever they have seen.
-        every = self._cv_sums[training].taken()[None]
+        squares = torch.zeros(len(terms), dtype=torch.float64)
+        if training and self._cv_gradients is not None:
+            squares, self._cv_gradients = self._cv_gradients.cpu().double().square(), None
+        every = torch.cat([self._cv_sums[training].taken(), squares])[None]
         if self.args.world_size > 1:
             every = self.accelerator.gather(every.to(self.args.device, torch.float32)).double().cpu()
+        norms = every[:, -len(terms) :].sum(0).sqrt()
+        every = every[:, : -len(terms)]
         steps, sums = int(every[:, -1].max()) if training else 1, every[:, :-1].sum(0).view(4, len(terms) + 2)
         if not steps or (not training and not sums[1].any()):
             return {}
@@ -219,6 +229,8 @@ class ObjectiveTrainer(Trainer):
         if rows[-1]:
             logs["cv_loss/aux_loss"] = means[-1]
         for number, term in enumerate(terms):
+            if float(norms.sum()):
+                logs[f"cv_loss/{term.name}/share"] = float(norms[number] / norms.sum())
             logs[f"cv_loss/{term.name}/tokens"] = rows[number]
             if sets[number]:
                 logs[f"cv_loss/{term.name}/sets"] = sets[number]
@@ -236,9 +248,21 @@ class ObjectiveTrainer(Trainer):
         self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
         self._cv_asked = False
         self._cv_check()
-        loss = super().training_step(*args, **kwargs)
+        self.cv_loss.sample = self._cv_samples()
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self.cv_loss.sample = False
         self._cv_compare(loss)
         return loss
+
+    def _cv_samples(self) -> bool:
+        """Whether this is the last micro-batch of a step that will be logged, of several terms."""
+        step, state = self.state.global_step + 1, self.state
+        logged = self.args.logging_strategy == "steps" and step % max(1, state.logging_steps) == 0
+        first = self.args.logging_first_step and step == 1
+        several = len(self.cv_loss.objective.terms) > 1
+        return several and (logged or first) and self.accelerator.sync_gradients
 
     def _cv_compare(self, loss: Tensor | None = None) -> None:
         """Stop where the last micro-batch did not train with the objective, once and in full.
@@ -405,7 +429,7 @@ def connect(trainer: Trainer) -> None:
     trainer.cv_loss = installed
     columns = len(installed.objective.terms) + 2  # the NLL, and what the model adds
     trainer._cv_sums = {training: Sums(columns) for training in (True, False)}
-    trainer._cv_gradient = None
+    trainer._cv_gradient = trainer._cv_gradients = None
     trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_reported = False
     trainer._cv_lost, trainer._cv_checked = set(), 0
     trainer._cv_virtual_tokens = virtual_tokens(trainer.model)

@@ -53,8 +53,8 @@ class Installation:
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
     terms whose rows are not the ones that ``num_items_in_batch`` counts; ``counted`` is whether the last forward was
-    given that; ``evaluation`` is what a trainer says of a
-    batch that it evaluates on. Without one the outputs have logits where the model is in evaluation mode, and in
+    given that; ``sample`` is whether the next results shall have ``gradients``; ``evaluation`` is what a trainer says
+    of a batch that it evaluates on. Without one the outputs have logits where the model is in evaluation mode, and in
     training only where the objective needs them.
     """
 
@@ -64,7 +64,7 @@ class Installation:
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[Selector, Tensor] = {}
         self.progress = 0.0  # how much of training is done, for what follows a schedule
-        self.counted = False
+        self.counted = self.sample = False
         self.evaluation: Evaluation | None = None
         self._weights = objective.config.example_weights
         if objective.config.needs_logits and objective.config.head != "logits":
@@ -156,6 +156,7 @@ class Installation:
             "num_items_in_batch": counts,
             "example_weights": weights,
             "progress": self.progress,
+            "sample": self.sample,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
         mask, length = given["attention_mask"], given["labels"].shape[-1]

@@ -1,7 +1,7 @@
 """An objective: a weighted sum of losses, computed from logits or from hidden states and a head."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -14,7 +14,7 @@ from ..engine.families.paper import as_in_the_paper
 from ..engine.passes import Outcome, compute
 from ..engine.rows import COMPLETION, Goldfish, Rows, Selector, select_rows
 from ..engine.sets import SetCounts
-from ..engine.sources import Head, LogitSource, TensorSource, device_of, head_source
+from ..engine.sources import Head, LogitSource, RandomState, TensorSource, device_of, head_source
 from ..engine.terms import Term
 from ..engine.views import fused
 from ..engine.vocabulary import rarity
@@ -23,6 +23,8 @@ from .config import KEY, ConfigError, CVLossConfig
 
 Count = Tensor | float | None
 Counts = Count | Mapping[str | Selector, Count]
+
+SAMPLE = 256  # rows, for the gradients of single terms
 
 
 @dataclass
@@ -37,6 +39,8 @@ class ObjectiveResult:
     sets: for each set-level term, the number of sets, and of classes present in them.
     diagnostics: means over the trained rows of ``entropy`` (in nats) and ``accuracy`` (the likeliest token is the
         label), where ``objective.diagnose`` asks for them.
+    gradients: for each term the norm of the weighted term's gradient in the logits, on a sample of the rows, where that
+        was asked for.
     aux_loss: what an installed model adds of its own (load balancing of experts), as it is added, detached.
     """
 
@@ -47,6 +51,7 @@ class ObjectiveResult:
     counts: dict[str, int] = field(default_factory=dict)
     sets: dict[str, SetCounts] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None
 
 
@@ -167,7 +172,13 @@ class Objective:
         return f"Objective({self.config.dump()})"
 
     def from_logits(
-        self, logits: Tensor, labels: Tensor, *, progress: float = 0.0, **inputs: Unpack[BatchInputs]
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        progress: float = 0.0,
+        sample: bool = False,
+        **inputs: Unpack[BatchInputs],
     ) -> ObjectiveResult:
         """The objective of a batch of logits.
 
@@ -175,6 +186,7 @@ class Objective:
             logits: (B, T, V) or (N, V); bf16, fp16 and fp32 are computed in float32, float64 in float64.
             labels: (B, T) or (N,), int64; -100 is ignored. They and the rest may be on any device.
             progress: How much of training is done, 0 to 1, for weights and parameters that follow a schedule.
+            sample: Also ``gradients``, unless a term needs all logits.
             inputs: What else is known of the batch; see ``BatchInputs``.
 
         Raises:
@@ -184,8 +196,7 @@ class Objective:
         _check_shapes("logits", "V", logits, labels)
         count = inputs.pop("num_items_in_batch", None)
         rows = self.select_rows(labels, **inputs)
-        source = TensorSource(logits, rows.index)
-        return self._compute(source, rows, count, progress)
+        return self._compute(partial(TensorSource, logits), logits.device, rows, count, progress, sample)
 
     def from_hidden(
         self,
@@ -196,6 +207,7 @@ class Objective:
         scale: float = 1.0,
         softcap: float | None = None,
         progress: float = 0.0,
+        sample: bool = False,
         **inputs: Unpack[BatchInputs],
     ) -> ObjectiveResult:
         """The objective of hidden states under a head, without keeping the logits.
@@ -218,13 +230,25 @@ class Objective:
         count = inputs.pop("num_items_in_batch", None)
         rows = self.select_rows(labels, **inputs)
         hidden_states = hidden_states.to(device_of(head, hidden_states.device))
-        index = rows.index.to(hidden_states.device, non_blocking=True)
-        source = head_source(hidden_states, head, index, scale, softcap)
-        return self._compute(source, rows, count, progress)
+        device = hidden_states.device
 
-    def _compute(self, source: LogitSource, rows: Rows, num_items_in_batch: Counts, progress: float) -> ObjectiveResult:
+        def source_of(index: Tensor) -> LogitSource:
+            return head_source(hidden_states, head, index.to(device, non_blocking=True), scale, softcap)
+
+        return self._compute(source_of, device, rows, count, progress, sample)
+
+    def _compute(
+        self,
+        source_of: Callable[[Tensor], LogitSource],
+        device: torch.device,
+        rows: Rows,
+        num_items_in_batch: Counts,
+        progress: float,
+        sample: bool,
+    ) -> ObjectiveResult:
+        """``source_of`` makes the source of some rows of the batch, whose places it gets in main memory."""
+        source = source_of(rows.index)
         _check_labels(rows.labels, source.vocab_size)
-        device = source.tensors[0].device
         terms = [term.at(progress) for term in self.terms]
         source.fused = fused(source, terms)
         counts = {selector: int(mask.sum()) for selector, mask in rows.scopes.items()}
@@ -238,15 +262,46 @@ class Objective:
             dtype=source.dtype,
             at_once=source.at_once(),
         )
+        gradients = self._sampled(source_of, terms, batch) if sample and not self.config.needs_logits else {}
         with torch.autocast(device.type, enabled=False):
-            known = {}
-            if self.label_counts is not None:  # in float64 as far as here, which not every device has
-                values = rarity(self.label_counts, rows.labels).to(source.dtype)
-                known = {"rarity": values.to(device, non_blocking=True)}
-            outcome = compute(source, terms, batch, self.diagnose, known)
-        return self._result(outcome, counts)
+            outcome = compute(source, terms, batch, self.diagnose, self._known(batch))
+        return self._result(outcome, counts, gradients)
 
-    def _result(self, outcome: Outcome, counts: Mapping[Selector, int]) -> ObjectiveResult:
+    def _known(self, batch: Batch) -> dict[str, Tensor]:
+        if self.label_counts is None:
+            return {}
+        # In float64 as far as here, which not every device has.
+        values = rarity(self.label_counts, batch.host.labels).to(batch.dtype)
+        return {"rarity": values.to(batch.loss.device, non_blocking=True)}
+
+    def _sampled(
+        self, source_of: Callable[[Tensor], LogitSource], terms: Sequence[Term], batch: Batch
+    ) -> dict[str, Tensor]:
+        """The norm of each weighted term's gradient in the logits of the first documents.
+
+        They are at most SAMPLE rows, and as many logits as the engine has at a time.
+        """
+        rows = batch.host.first(min(SAMPLE, batch.chunks[0].rows.stop) if batch.chunks else 0)
+        device, count = batch.loss.device, len(rows.labels)
+        if count:
+            with RandomState(device).again():  # a head may have dropout; the rest draws as if nothing had been
+                logits = source_of(rows.index).logits(slice(0, count))
+        else:
+            logits = torch.zeros(0, batch.vocab_size, dtype=batch.dtype, device=device)
+        logits.requires_grad_()
+        found = {}
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            for term in terms:  # all, on every process: they may talk to each other
+                alone = replace(batch, rows=rows.to(device, batch.dtype), host=rows, sums={}, groups={}, statistics={})
+                source = TensorSource(logits, torch.arange(count))
+                outcome = compute(source, [term], alone, known=self._known(alone))
+                (gradient,) = torch.autograd.grad(outcome.loss, logits)
+                found[term.name] = gradient.norm()
+        return found
+
+    def _result(
+        self, outcome: Outcome, counts: Mapping[Selector, int], gradients: dict[str, Tensor]
+    ) -> ObjectiveResult:
         return ObjectiveResult(
             loss=outcome.loss,
             terms={term.name: outcome.means[term.name] for term in self.terms},
@@ -255,6 +310,7 @@ class Objective:
             counts={term.name: counts[term.rows] for term in self.terms},
             sets=outcome.sets,
             diagnostics=outcome.diagnostics,
+            gradients=gradients,
         )
 
 

@@ -572,3 +572,46 @@ def test_a_schedule_follows_the_steps_and_survives_resume(make_trainer, tmp_path
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name in ("loss", "cv_loss/lovasz/weight", "cv_loss/lovasz"):
         assert [e[name] for e in history(resumed)] == [e[name] for e in history(whole)]
+
+
+# The share of a term
+
+
+def share(model, config, batch):
+    """By autograd on the logits of a batch, whose rows are fewer than a sample has."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.detach()
+    norms = {}
+    for name, weight in config.items():
+        leaf = logits.clone().requires_grad_()
+        given = {"attention_mask": batch["attention_mask"]}
+        loss = Objective.from_config({name: weight}).from_logits(leaf, batch["labels"], **given).loss
+        norms[name] = float(torch.autograd.grad(loss, leaf)[0].norm())
+    return {name: norm / sum(norms.values()) for name, norm in norms.items()}
+
+
+def test_the_share_of_a_term_is_that_of_the_gradient_of_the_logits(make_trainer):
+    """Of the last micro-batch; only where steps are logged."""
+    config, data = {"cross_entropy": 0.6, "lovasz": 0.4}, rows(4)
+
+    sampled = []
+
+    class Counting(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            sampled.append(self.cv_loss.sample)
+            return super().compute_loss(*args, **kwargs)
+
+    options = {"max_steps": 4, "logging_steps": 2, "learning_rate": 0.0, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(config, [*data, *data], Counting, per_device_train_batch_size=4, **options)
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader([*data, *data], 4, collate_fn=collate)
+    trainer.train()
+    assert sampled == [False, False, False, True] * 2
+    expected = share(trainer.model, config, collate(data))
+    for entry in history(trainer):
+        assert {name: entry[f"cv_loss/{name}/share"] for name in config} == pytest.approx(expected)
+    assert len(history(trainer)) == 2
+
+
+def test_the_share_of_one_term_is_not_told(make_trainer):
+    trainer = make_trainer("lovasz", rows(4))
+    trainer.train()
+    assert not any(name.endswith("/share") for entry in history(trainer) for name in entry)
