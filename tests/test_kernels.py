@@ -164,3 +164,18 @@ def test_what_they_are_compiled_to(tmp_path):
         assert of_a_row[0] <= (6 if pulls else 3), each
         assert of_a_row[1] <= (0 if pulls else 6), each
         assert each["stack"] == each["local"] == 0, each
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_kernels_are_tried_before_they_are_trusted(dtype, monkeypatch):
+    cpu = torch.device("cpu")
+    assert kernels.trial.__wrapped__(cpu, dtype) == ""
+    right = kernels.pull_
+    monkeypatch.setattr(kernels, "pull_", lambda *given: right(*given) * 1.1)
+    assert kernels.trial.__wrapped__(cpu, dtype) == "they give other numbers than PyTorch on cpu"
+
+    def failing(*given):
+        raise RuntimeError("no ptxas")
+
+    monkeypatch.setattr(kernels, "collect", failing)
+    assert kernels.trial.__wrapped__(cpu, dtype) == "they do not run on cpu: no ptxas"

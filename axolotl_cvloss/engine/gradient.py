@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -233,11 +234,18 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def wide_products(tensor: Tensor) -> bool:
-    """Whether its device multiplies bf16 into float32."""
-    return tensor.device.type == "cuda" and torch.version.hip is None and TORCH >= (2, 8)
+    """Whether its device multiplies bf16 into float32, in this torch."""
+    return tensor.device.type == "cuda" and _widens(tensor.device)
 
 
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+@lru_cache
+def _widens(device: torch.device) -> bool:
+    ones, total = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        return bool((total == 17).all()) and bool((torch.mm(ones, ones, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):
+        return False
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

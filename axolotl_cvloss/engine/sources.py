@@ -37,6 +37,7 @@ class LogitSource:
     dtype: torch.dtype
     not_fused = "logits that were given"  # why the kernels cannot serve it
     fused = False  # whether they are to
+    product_dtype = torch.float32  # of what they work on
     mixes = False  # after start: gradients without p may come in, for chunks whose p was given to ``mix``
 
     def keeps(self, rows: slice) -> bool:
@@ -213,6 +214,7 @@ class LinearSource(HeadSource):
         self.vocab_size = len(weight)
         self.dtype = statistics_dtype(compute_dtype)
         self._buffer: Tensor | None = None
+        self.product_dtype = compute_dtype
         fits = compute_dtype in (torch.bfloat16, torch.float32)
         self.not_fused = "" if fits else f"products in {str(compute_dtype).removeprefix('torch.')}"
 

@@ -133,7 +133,18 @@ def _against(source: "LogitSource", terms: Sequence["Term"]) -> str:
         for name in term.loss.statistics:
             if term.needs(name) and name in STATISTICS and name not in COLLECTED:
                 return f"{term.loss.name} needs {name}"
-    return ""
+    return _untrusted(source.tensors[0].device, source.product_dtype) if wish == "auto" else ""
+
+
+@lru_cache
+def _untrusted(device: torch.device, dtype: torch.dtype) -> str:
+    from . import kernels
+
+    if reason := kernels.trial(device, dtype):
+        logger.warning(
+            f"cv_loss: the Triton kernels are not used, as {reason}. {ENVIRONMENT}=off silences this warning"
+        )
+    return reason
 
 
 @lru_cache
