@@ -23,6 +23,7 @@ from axolotl_cvloss.command.checking import HOSTS
 from axolotl_cvloss.command.cli import cli
 from axolotl_cvloss.engine.families import FAMILIES
 from axolotl_cvloss.hosts.axolotl_keys import CONFLICTS, LISTED, PARALLEL, SAVERS
+from axolotl_cvloss.hosts.axolotl_prompts import LETTERS
 from axolotl_cvloss.objective.config import CVLossConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -128,7 +129,9 @@ def test_check_has_nothing_against_the_examples(path):
     report = json.loads(run("check", path, "--json").stdout)
     key = yaml.safe_load(path.read_text())["cv_loss"]
     assert report["host"] == ("trl" if path.stem.startswith("trl") else "axolotl")
-    assert report["errors"] == report["warnings"] == []
+    letters = path.stem in LETTERS  # as in the paper, and said in the file
+    assert report["errors"] == []
+    assert ["hardly depends on more than p" in warning for warning in report["warnings"]] == [True] * letters
     assert report["objective"] == str(Objective.from_config(key))
     assert report["cv_loss"] == CVLossConfig.parse(key).dump()
     printed = run("check", path).stdout
@@ -254,6 +257,78 @@ def test_check_reads_the_config_of_a_model_that_is_there(checked, tmp_path):
 
 def test_check_knows_dotted_keys(checked):
     assert checked({**AXOLOTL, "cv_loss": MIX, "cv_loss.lovasz": 0.1})["objective"] == "0.6 cross_entropy + 0.1 lovasz"
+
+
+def test_check_explains_a_sweep():
+    path = REPOSITORY / "example_configs" / "losses.sweep.yaml"
+    keys = yaml.safe_load(path.read_text())["cv_loss"]
+    report = json.loads(run("check", path, "--json").stdout)
+    assert [value["objective"] for value in report["values"]] == [str(Objective.from_config(key)) for key in keys]
+    assert report["runs"] == len(keys)
+    assert report["errors"] == []
+    printed = run("check", path).stdout
+    assert printed.count("objective: ") == len(keys)
+    assert f"{path}: a sweep of {len(keys)} runs\n" in printed
+
+
+def test_check_tries_each_value_of_a_sweep(checked):
+    swept = {
+        "_": [{"cv_loss": MIX, "micro_batch_size": 2}, {"cv_loss__dice": 1, "micro_batch_size": 4}],
+        "cv_loss.focal.gamma": [1, 2, 3],
+        "cv_loss.lovasz": [0.1, 0.2],
+        "cv_loss.terms.1.weight": [0.2],
+        "learning_rate": [1e-4, 2e-4],
+    }
+    report = checked(swept)
+    assert report["runs"] == 2 * 3 * 2 * 2
+    assert [value["objective"] for value in report["values"]] == [
+        "0.6 cross_entropy + 0.4 lovasz",
+        "1 dice",
+        *("1 focal",) * 3,
+        "0.1 lovasz",
+        "0.2 lovasz",
+        None,
+    ]
+    assert report["errors"] == report["warnings"] == []  # of a part of a mix nothing is said
+    (note,) = report["notes"]
+    assert note.startswith("cv_loss.terms.1.weight: what it means depends on cv_loss of the config")
+
+
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [
+        ({"cv_loss": [{"lovas": 1}, "focal"]}, "unknown loss"),
+        ({"cv_loss.focal.gama": [1, 2]}, "gama"),
+        ({"cv_loss": ["focal"], "learning_rate": 1e-4}, "learning_rate: must be a list of values"),
+        ({"cv_loss": ["focal"], "_": ["dice"]}, "_: must be a list of mappings, not 'dice'"),
+        ({"cv_loss": ["focal"], "cv_los.dice": [1]}, "did you mean cv_loss"),
+        ({"cv_loss": ["focal"], "learning_rate": []}, "a list without values makes no run"),
+    ],
+)
+def test_check_finds_what_is_wrong_with_a_sweep(swept, message, checked):
+    (error,) = checked(swept)["errors"]
+    assert message in error
+
+
+def test_a_config_with_a_list_under_the_key_is_no_sweep(checked):
+    report = checked({**AXOLOTL, "cv_loss": ["focal", "dice"]})
+    assert report["errors"]
+    assert "runs" not in report
+
+
+def test_check_warns_where_answers_are_one_letter(checked):
+    def warnings(key, types=("openbookqa", "hellaswag"), **more):
+        datasets = [{"path": "x", "type": f"axolotl_cvloss.hosts.axolotl_prompts.{name}"} for name in types]
+        return checked({**AXOLOTL, "cv_loss": key, "datasets": datasets, **more})["warnings"]
+
+    (warning,) = warnings({**MIX, "dice": 0.1})
+    assert warning.startswith("cv_loss: the answers of this dataset are one labelled token, or two")
+    assert "the value of dice and lovasz hardly depends" in warning
+    assert not warnings("cross_entropy")
+    assert not warnings({"cross_entropy": 0.6, "lovasz": {"weight": 0.4, "per": "batch"}})
+    assert not warnings({"cross_entropy": 0.6, "lovasz": {"weight": 0.4, "scope": "sequence"}})
+    assert not warnings(MIX, types=("openbookqa", "gsm8k"))
+    assert not warnings(MIX, train_on_inputs=True)
 
 
 def test_check_warns_of_a_trainer_that_it_does_not_know(checked):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import yaml
 
-from ..hosts import axolotl_keys, trl_keys
+from ..hosts import axolotl_keys, axolotl_prompts, trl_keys
+from ..hosts.short_answers import measures_overlap, told
 from ..losses.registry import Loss, available_losses
 from ..objective.config import KEY, NEEDS_LOGITS, ConfigError, CVLossConfig, Schedule, TermConfig
 from .curves import GRID, NotACurve, curve
@@ -36,7 +37,8 @@ SETS = {
 class Report:
     """``host`` is None where the YAML could be for any; ``config`` is None where the key is wrong.
 
-    Notes say what the host will do that the YAML does not.
+    Notes say what the host will do that the YAML does not. Of a sweep file there is a report for each value of the
+    key, by a name, and ``runs`` counts what Axolotl makes of it.
     """
 
     host: str | None = None
@@ -44,6 +46,8 @@ class Report:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    runs: int | None = None
+    values: dict[str, "Report"] = field(default_factory=dict)
 
 
 def check_file(path: Path, host: str | None = None) -> Report:
@@ -58,7 +62,9 @@ def check_file(path: Path, host: str | None = None) -> Report:
 
 
 def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
-    """Check the keys of a config."""
+    """Check the keys of a config, or of a sweep file."""
+    if host != "trl" and _is_sweep(data):
+        return _sweep(data)
     report = Report(host or next((name for name, keys in HOSTS.items() if any(key in data for key in keys)), None))
     if report.host != "trl":  # to TRL the dotted keys are unknown
         data = dict(data)
@@ -84,7 +90,56 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
     if report.config is not None:
         report.warnings += traps(report.config)
         report.warnings += _small_sets(report.config, data)
+        report.warnings += _short_answers(report.config, data)
     return report
+
+
+# Sweep files: each key has the list of its values, and the key _ a list of mappings of what goes together.
+
+
+def _is_sweep(data: Mapping[Any, Any]) -> bool:
+    lists = {str(key): values for key, values in data.items() if isinstance(values, list)}
+    pairs = [pair for pair in lists.get("_", ()) if isinstance(pair, Mapping)]
+    swept = [key for keys in (lists, *pairs) for key in keys if axolotl_keys.sets_key(str(key))]
+    of_a_config = [key for key in (*HOSTS["axolotl"], *HOSTS["trl"]) if key in data and key not in lists]
+    return bool(swept) and "plugins" not in data and not of_a_config
+
+
+def _sweep(data: Mapping[Any, Any]) -> Report:
+    """Every value is checked on its own, as the config that they are swept over is not known here."""
+    report = Report("axolotl", runs=1)
+    for key, values in data.items():
+        if not isinstance(values, list):
+            report.errors.append(f"{key}: must be a list of values, as in a sweep every key has one, not {values!r}")
+            continue
+        report.runs *= len(values)  # type: ignore[operator]
+        for value in values:
+            pair = value if key == "_" else {key: value}
+            if not isinstance(pair, Mapping):
+                report.errors.append(f"_: must be a list of mappings, not {value!r}")
+                continue
+            for name, one in pair.items():
+                if axolotl_keys.sets_key(str(name)):
+                    _swept(str(name), one, report)
+    report.errors += filter(None, [axolotl_keys.misspelt(key for key in data if not axolotl_keys.sets_key(str(key)))])
+    if not report.runs:
+        report.errors.append("a list without values makes no run")
+    return report
+
+
+def _swept(name: str, value: Any, report: Report) -> None:
+    found, title = Report(), f"{name}: {json.dumps(value, default=str)}"
+    if name == KEY:
+        found = check({name: value})
+    elif axolotl_keys.SEPARATOR.split(name)[1] in available_losses():  # of a mix, of which this is a part
+        whole = check({name: value})
+        found = Report(config=whole.config, errors=whole.errors)
+    else:
+        found.notes.append(f"{name}: what it means depends on {KEY} of the config, so it is not checked")
+    report.values[title] = found
+    report.errors += [error for error in found.errors if error not in report.errors]
+    report.warnings += [warning for warning in found.warnings if warning not in report.warnings]
+    report.notes += [note for note in found.notes if note not in report.notes]
 
 
 def _axolotl(data: Mapping[Any, Any], report: Report) -> None:
@@ -125,6 +180,24 @@ def _small_sets(config: CVLossConfig, data: Mapping[Any, Any]) -> list[str]:
     sets = [t.loss for t in config.terms if available_losses()[t.loss].per_set and t.per == "batch"]
     small = sets if 1 in sizes else []
     return [f"{KEY}.{loss}.per: batch is the micro-batch, and that is of one example" for loss in small]
+
+
+def _short_answers(config: CVLossConfig, data: Mapping[Any, Any]) -> list[str]:
+    """Of dataset types that are known to have them; of others nothing is known before they are read."""
+    given = data.get("datasets")
+    datasets = given if isinstance(given, list) else []
+    types = [dataset.get("type") if isinstance(dataset, Mapping) else None for dataset in datasets]
+    letters = {f"{axolotl_prompts.__name__}.{name}" for name in axolotl_prompts.LETTERS}
+    if (
+        not types
+        or config.reference
+        or data.get("train_on_inputs")
+        or not all(isinstance(t, str) and t in letters for t in types)
+    ):
+        return []
+    losses = available_losses()
+    terms = [t for t in config.terms if t.scope == "completion" and measures_overlap(losses[t.loss], t.per)]
+    return [told([t.loss for t in terms], "the answers of this dataset are")] if terms else []
 
 
 def traps(config: CVLossConfig) -> list[str]:

@@ -86,37 +86,47 @@ def show(loss: str, as_json: bool) -> None:
 @click.option("--host", type=click.Choice(["axolotl", "trl"]), help="What the config is for, if its keys do not say.")
 @as_json
 def check(config: Path, host: str | None, as_json: bool) -> None:
-    """Check the YAML of Axolotl or TRL and say which objective it means. No model is loaded.
+    """Check the YAML of Axolotl or TRL, or a sweep file, and say which objective it means. No model is loaded.
 
     The exit code is 1 where training would stop, or would train with another loss.
     """
     from ..objective.objective import Objective
-    from .checking import check_file, term_rows
+    from .checking import Report, check_file, term_rows
 
     report = check_file(config, host)
-    objective = None if report.config is None else str(Objective(report.config))
+
+    def meant(of: Report) -> dict[str, Any]:
+        parsed = of.config
+        return {"objective": parsed and str(Objective(parsed)), "cv_loss": parsed and parsed.dump()}
+
     if as_json:
+        swept = [{"value": value, **meant(one), "errors": one.errors} for value, one in report.values.items()]
         _print_json(
             {
                 "config": str(config),
                 "host": report.host,
-                "objective": objective,
-                "cv_loss": None if report.config is None else report.config.dump(),
+                **meant(report),
+                **({} if report.runs is None else {"runs": report.runs, "values": swept}),
                 "errors": report.errors,
                 "warnings": report.warnings,
                 "notes": report.notes,
             }
         )
     else:
-        if report.config is not None:
-            click.echo(f"objective: {objective}\n")
-            _print_table_of(term_rows(report.config))
-            click.echo()
+        for value, one in (report.values or {"": report}).items():
+            if value:
+                click.echo(value)
+            if one.config is not None:
+                click.echo(f"objective: {meant(one)['objective']}\n")
+                _print_table_of(term_rows(one.config))
+                click.echo()
         for kind, lines in (("error", report.errors), ("warning", report.warnings), ("note", report.notes)):
             for line in lines:
                 click.echo(f"{kind}: {line}", err=kind == "error")
         if not report.errors:
             of_host = {"axolotl": "for Axolotl", "trl": "for TRL", None: "as far as the key cv_loss goes"}
+            if report.runs is not None:
+                click.echo(f"{config}: a sweep of {report.runs} runs")
             click.echo(f"{config}: fine {of_host[report.host]}")
     sys.exit(1 if report.errors else 0)
 

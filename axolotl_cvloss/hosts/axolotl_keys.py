@@ -134,6 +134,11 @@ def _head(key: str) -> str:
     return SEPARATOR.split(key)[0]
 
 
+def sets_key(name: str) -> bool:
+    """Whether it is the key ``cv_loss``, or sets a part of it."""
+    return _head(name) == KEY
+
+
 def _is_dotted(key: Any) -> bool:
     return isinstance(key, str) and _head(key) != key and key not in available_losses()
 

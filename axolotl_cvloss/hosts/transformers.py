@@ -3,7 +3,8 @@
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from ..engine.vocabulary import count_labels
 from ..model.installation import Evaluation, Installation, installation
 from ..objective.objective import Objective, ObjectiveResult
 from .example_weights import WeightCollator
+from .short_answers import FEW_TOKENS, measures_overlap, told
 from .trl_keys import parallel, savers
 from .virtual_tokens import conflicts, virtual_tokens, with_virtual_tokens
 
@@ -83,6 +85,7 @@ class ObjectiveTrainer(Trainer):
     _cv_used: bool  # a gradient came for some micro-batch
     _cv_asked: bool  # the model was asked for its loss in this training_step
     _cv_compared: bool
+    _cv_told: bool  # of short answers, or that there are none
     _cv_reported: bool
     _cv_lost: set[int]  # steps since the last _cv_check of which the objective was NaN on this rank
     _cv_checked: int  # the last step of _cv_check
@@ -298,9 +301,15 @@ class ObjectiveTrainer(Trainer):
         self._cv_compared = True
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        with self._cv_evaluating(inputs, prediction_loss_only):
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    @contextmanager
+    def _cv_evaluating(self, inputs: dict[str, Any], prediction_loss_only: bool) -> Iterator[None]:
+        """Tell the objective that what comes is a batch of an evaluation."""
         self.cv_loss.evaluation = Evaluation(not prediction_loss_only, self._cv_own_rows(inputs))
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            yield
         finally:
             self.cv_loss.evaluation = None
 
@@ -329,11 +338,25 @@ class ObjectiveTrainer(Trainer):
         output.metrics.update({f"{prefix}_{k}": v for k, v in self._cv_flush(training=False).items()})
         return output
 
+    def _cv_tell_of_short_answers(self, logs: dict[str, float]) -> None:
+        """At the first steps that are logged: what is counted tells of them."""
+        if self._cv_told or not self.is_world_process_zero():
+            return
+        self._cv_told = True
+        counted = {
+            term.loss.name: [logs.get(f"cv_loss/{term.name}/{what}", 0) for what in ("tokens", "sets")]
+            for term in self.cv_loss.objective.terms
+            if measures_overlap(term.loss, term.per) and not self.cv_loss.objective.config.reference
+        }
+        if names := [name for name, (tokens, sets) in counted.items() if 0 < tokens <= FEW_TOKENS * sets]:
+            logger.warning(told(names, "the documents have"))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._cv_fold(training=True)  # of the last batches too, where steps are not logged
         if "loss" in logs:
             self._cv_compare()  # here too, for a trainer with a training_step of its own
             logs.update(self._cv_flush(training=True))
+            self._cv_tell_of_short_answers(logs)
         # Perplexity is exp of the NLL, not of the objective.
         for key in [key for key in logs if key == "ppl" or key.endswith("_ppl")]:
             if (nll := logs.get(f"{key[:-3]}cv_loss/nll")) is not None:
@@ -430,7 +453,7 @@ def connect(trainer: Trainer) -> None:
     columns = len(installed.objective.terms) + 2  # the NLL, and what the model adds
     trainer._cv_sums = {training: Sums(columns) for training in (True, False)}
     trainer._cv_gradient = trainer._cv_gradients = None
-    trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_reported = False
+    trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_told = trainer._cv_reported = False
     trainer._cv_lost, trainer._cv_checked = set(), 0
     trainer._cv_virtual_tokens = virtual_tokens(trainer.model)
     installed.listeners = [_recorder(trainer)]

@@ -186,6 +186,23 @@ def test_it_says_with_what_it_trains(make_trainer, caplog):
     assert line.startswith("cv_loss: training with 0.6 cross_entropy + 0.4 lovasz; ")
 
 
+@pytest.mark.parametrize("labelled", [1, 2, 3])
+def test_it_says_so_once_where_answers_are_too_short_for_an_overlap(labelled, make_trainer, caplog):
+    data = rows(8)
+    for row in data:
+        row["labels"][:-labelled] = -100
+        row["labels"][-labelled:] = row["input_ids"][-labelled:]
+    key = {"cross_entropy": 0.4, "lovasz": 0.2, "dice": {"weight": 0.2, "per": "batch"}, "tversky": 0.2}
+    trainer = make_trainer(key, data, max_steps=3)
+    trainer.train()
+    told = [record.getMessage() for record in caplog.records if "no overlap" in record.getMessage()]
+    assert len(told) == (labelled <= 2)
+    assert all("have one labelled token" in line and "value of lovasz and tversky" in line for line in told)
+    if labelled == 1:
+        entry = history(trainer)[0]
+        assert entry["cv_loss/lovasz/tokens"] == entry["cv_loss/lovasz/sets"] == 8
+
+
 def test_a_loss_that_comes_twice_is_logged_twice(make_trainer):
     terms = [{"loss": "focal", "gamma": 0.0}, {"loss": "focal", "gamma": 2.0, "weight": 0.5}]
     trainer = make_trainer({"terms": terms}, rows(8))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+LETTERS = ("hellaswag", "openbookqa")  # the target is one letter
+
 Row = Mapping[str, Any]
 Example = Callable[[Row], tuple[str, str] | None]
 
