@@ -1,8 +1,8 @@
 """TRL: ``cv_loss`` in SFTConfig, and the objective in the place of SFTTrainer's own loss.
 
 SFTTrainer computes its loss itself: in 1.9 on logits or in a forward of its own, later under a fused head whose
-log-probabilities make the loss. Both pass by what a model returns as its loss. So ``compute_loss`` and
-``prediction_step`` go to transformers' Trainer here, and what SFTTrainer logs is taken from the objective.
+log-probabilities make the loss. Both pass by what a model returns as its loss. So ``compute_loss`` goes to
+transformers' Trainer here, and what SFTTrainer logs is taken from the objective.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
-from ..model.installation import install
+from ..model.installation import install, installation
 from ..objective.config import KEY, ConfigError, CVLossConfig
 from ..objective.objective import Objective
 from .transformers import ObjectiveTrainer, attach, switch_off
@@ -104,6 +104,7 @@ class CVLossSFTTrainer(SFTTrainer):
     ) -> Any:
         if not isinstance(self, ObjectiveTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs.pop("_prediction_loss_only", None)  # SFTTrainer's word to its own loss
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -111,10 +112,12 @@ class CVLossSFTTrainer(SFTTrainer):
         self._record_metrics(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *more: Any, **named: Any) -> Any:
         if not isinstance(self, ObjectiveTrainer):
-            return super().prediction_step(*args, **kwargs)
-        return ObjectiveTrainer.prediction_step(self, *args, **kwargs)
+            return super().prediction_step(model, inputs, prediction_loss_only, *more, **named)
+        # Newer versions of SFTTrainer hand out the logits by themselves and do not come by Trainer's step.
+        with self._cv_evaluating(inputs, prediction_loss_only):
+            return super().prediction_step(model, inputs, prediction_loss_only, *more, **named)
 
     def _record_metrics(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Entropy, token accuracy, tokens and auxiliary loss of a micro-batch on all ranks, as SFTTrainer has them."""
@@ -142,7 +145,8 @@ def _only_for_ours(init: Callable[..., None]) -> Callable[..., None]:
     """Trainer's ``__init__``, which refuses a config with the key to every trainer but ours.
 
     Each of them takes the config, as it is one of transformers', and would train with a loss of its own. Their ways to
-    look at ``loss_type`` differ between versions, and with Liger's kernels there is none; they all come by here.
+    look at ``loss_type`` differ between versions, and with Liger's kernels there is none; they all come by here. So
+    does a model that still has an objective: SFTTrainer needs logits where that hands out none.
     """
 
     @wraps(init)
@@ -150,6 +154,13 @@ def _only_for_ours(init: Callable[..., None]) -> Callable[..., None]:
         keys = [c.cv_loss for c in (*given, *named.values()) if isinstance(c, CVLossSFTConfig)]
         if any(key is not None for key in keys) and not isinstance(self, CVLossSFTTrainer):
             raise ConfigError(f"{KEY}: only CVLossSFTTrainer trains with it, and this is a {type(self).__name__}")
+        model = named.get("model", given[0] if given else None)
+        own = isinstance(self, SFTTrainer) and all(key is None for key in keys)
+        if own and isinstance(model, torch.nn.Module) and (left := installation(model)) is not None:
+            raise ConfigError(
+                f"{KEY}: the model has the objective {left.objective} from before, and {type(self).__name__} would "
+                "train with its own loss; call uninstall(model), or train with CVLossSFTTrainer"
+            )
         init(self, *given, **named)
 
     return checked

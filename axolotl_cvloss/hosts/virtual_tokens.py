@@ -27,13 +27,20 @@ def conflicts(model: Any, config: CVLossConfig) -> list[str]:
     name = f"peft's {type(prompt).__name__}"
     if prompt.peft_type == "CPT":
         return [f"cv_loss cannot be used with {name}: it computes a loss of its own; use PromptTuningConfig"]
+    if not virtual_tokens(model):
+        return []
+    if config.example_weights is not None:
+        return [
+            f"cv_loss.example_weights cannot be used with {name}: it puts virtual tokens before the tokens that the "
+            "column has weights for; use PrefixTuningConfig or LoRA, or leave it out"
+        ]
     wanted = [
         f"{what} of {term.loss}"
         for term in config.terms
         for what, there in (("scope: sequence", term.scope == "sequence"), ("goldfish", term.goldfish is not None))
         if there
     ]
-    if wanted and virtual_tokens(model):
+    if wanted:
         return [
             f"cv_loss: {' and '.join(wanted)} cannot be used with {name}: it gives the model embeddings in the place "
             "of the tokens that are needed for this; use PrefixTuningConfig or LoRA, or leave it out"

@@ -161,6 +161,14 @@ def test_every_problem_is_named_at_once(make_config, manager):
         assert part in str(error.value)
 
 
+def test_plugins_that_are_no_list_never_train(make_config, manager, tmp_path):
+    """Axolotl takes each letter for a plugin and stops at the first, before anything of ours could run."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**make_config(), "plugins": OURS}))
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        load_cfg(str(path))
+
+
 @pytest.mark.parametrize("key", ["cvloss", "cv-loss", "cv_losses", "CV_LOSS", "cv_los"])
 def test_misspelt_key(key, make_config, manager):
     with pytest.raises(ValueError, match=f"unknown key {key}: did you mean cv_loss?"):

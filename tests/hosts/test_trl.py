@@ -19,7 +19,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from axolotl_cvloss import CVLossSFTConfig, CVLossSFTTrainer, Objective, attach, install
+from axolotl_cvloss import CVLossSFTConfig, CVLossSFTTrainer, Objective, attach, install, uninstall
 from axolotl_cvloss.hosts import trl_cli
 from axolotl_cvloss.model.installation import installation
 
@@ -189,6 +189,33 @@ def test_the_coefficient_of_load_balancing(make_trainer, make_mixtral):
     training, _ = histories(make_trainer("cross_entropy", model=make_mixtral(), router_aux_loss_coef=0.5))
     for entry in training:
         assert entry["loss"] == pytest.approx(entry["cv_loss/cross_entropy"] + 0.5 * entry["aux_loss"], rel=1e-5)
+
+
+def shapes_of(found):
+    return [shapes_of(part) for part in found] if isinstance(found, tuple) else found.shape
+
+
+@pytest.mark.parametrize("preprocess", [None, lambda logits, labels: logits], ids=["plain", "preprocessed"])
+def test_metrics_of_a_mixture_of_experts_get_what_sfttrainer_gives(preprocess, make_trainer, make_mixtral):
+    """Versions differ: the logits alone, or all outputs of the model but the loss."""
+    shapes = []
+    for plain in (False, True):
+        seen = []
+
+        def compute_metrics(prediction, seen=seen):
+            seen.append(prediction)
+            return {}
+
+        trainer = make_trainer(
+            "cross_entropy",
+            plain=plain,
+            model=make_mixtral(),
+            per_device_eval_batch_size=12,
+            named={"compute_metrics": compute_metrics, "preprocess_logits_for_metrics": preprocess},
+        )
+        trainer.evaluate()
+        shapes.append(shapes_of(seen[0].predictions))
+    assert shapes[0] == shapes[1]
 
 
 # Objectives
@@ -367,6 +394,18 @@ def test_a_loss_function_is_refused_before_the_model_is_loaded(tmp_path):
         CVLossSFTTrainer("no such model", args, compute_loss_func=lambda *_: 0)
     with pytest.raises(TypeError, match=r"needs args=CVLossSFTConfig\(cv_loss=...\), not a SFTConfig"):
         CVLossSFTTrainer("no such model", SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_a_model_with_an_objective_is_refused_to_sfttrainer_until_it_is_uninstalled(make_trainer, make_model):
+    model = make_model()
+    make_trainer(MIX, model=model, max_steps=1).train()
+    for plain in (True, False):
+        with pytest.raises(
+            ValueError, match=r"the objective 0.6 cross_entropy \+ 0.4 lovasz .* call uninstall\(model\)"
+        ):
+            make_trainer(plain=plain, model=model)
+    make_trainer("focal", model=model, max_steps=1).train()
+    make_trainer(plain=True, model=uninstall(model), max_steps=1).train()
 
 
 LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False, "rms_norm": False, "swiglu": False}}

@@ -36,10 +36,11 @@ BOTH_SCOPES = {
 
 @pytest.fixture
 def make_trainer(make_model, tokenizer, problems, tmp_path):
-    def make(objective, adapter, text=True, **arguments):
+    def make(objective, adapter, text=True, more=None, **arguments):
         rows = problems["train"]
         if text:
             rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in rows]
+        rows = [{**row, **(more or {})} for row in rows]
         args = CVLossSFTConfig(
             **{
                 "output_dir": str(tmp_path),
@@ -106,6 +107,18 @@ def test_scopes_and_goldfish_that_need_the_tokens_are_refused(adapter, make_trai
         RuntimeError, match="scope: sequence of cross_entropy and goldfish of focal cannot be used with"
     ):
         make_trainer(BOTH_SCOPES, PROMPTS[adapter])
+
+
+@pytest.mark.parametrize("adapter", PROMPTS)
+def test_example_weights_where_virtual_tokens_come_before_them_are_refused(adapter, make_trainer):
+    objective, weights = {**FOCAL_AND_LOVASZ, "example_weights": "importance"}, {"importance": 0.5}
+    if adapter == "prefix tuning":
+        (entry,) = logged(make_trainer(objective, PROMPTS[adapter], more=weights, max_steps=1))
+        (all_,) = logged(make_trainer(FOCAL_AND_LOVASZ, PROMPTS[adapter], max_steps=1))
+        assert entry["loss"] == pytest.approx(0.5 * all_["loss"], rel=1e-5)
+        return
+    with pytest.raises(RuntimeError, match=r"cv_loss\.example_weights cannot be used with peft's Prompt"):
+        make_trainer(objective, PROMPTS[adapter], more=weights)
 
 
 def test_a_loss_of_peft_s_own_is_refused(make_trainer):
