@@ -285,6 +285,13 @@ def ldam(z, y, max_margin=0.5, counts=COUNTS):
     return moved.logsumexp(0) - moved[y]
 
 
+@token_loss
+def weighted_cross_entropy(z, y, power=0.5, cap=10.0, counts=COUNTS):
+    seen = [n for n in counts if n]
+    n = (counts[y] if y < len(counts) else 0) or min(seen)
+    return min(cap, (sum(seen) / len(seen) / n) ** power) * -z.log_softmax(0)[y]
+
+
 # Losses of today's fine-tuning frameworks
 
 
@@ -311,3 +318,50 @@ def gem(z, y, beta=0.7):
     logp = z.log_softmax(0)
     q = F.softmax(logp / beta, 0).detach()
     return -logp[y] + (q * logp).sum()
+
+
+@token_loss
+def thresholded(z, y, threshold=0.1, keep="above"):
+    above = bool(z.softmax(0)[y] >= threshold)
+    return -z.log_softmax(0)[y] if above == (keep == "above") else 0 * z.sum()
+
+
+@token_loss
+def deft(z, y):
+    p = z.softmax(0)
+    a = sum(x**2 for x in p).detach()
+    return (1 - p[y] ** a) / a
+
+
+@token_loss
+def brier(z, y):
+    wanted = torch.zeros_like(z)
+    wanted[y] = 1
+    return ((z.softmax(0) - wanted) ** 2).sum()
+
+
+@token_loss
+def tofu(z, y, gamma=3.0, temperature=0.8):
+    p = z.detach().softmax(0)[y]
+    g = (1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * torch.log(p)
+    return -g * temperature * (z / temperature).log_softmax(0)[y]
+
+
+@token_loss
+def sed(z, y, coefficient=1.0, k=2, threshold=0.5):
+    p = z.softmax(0)
+    unsure = sum(sorted(p.tolist(), reverse=True)[:k]) < threshold
+    return -z.log_softmax(0)[y] + coefficient * unsure * (p[y] - 1 / 2) ** 2
+
+
+@token_loss
+def idft(z, y, beta=1.0, low=0.1, high=2.0):
+    logp = z.log_softmax(0)
+    entropy = -(logp.exp() * logp).sum()
+    g = torch.exp(-(logp[y] + entropy) / beta).clamp(low, high)
+    return -(logp[y].exp() ** g).detach() * logp[y]
+
+
+@token_loss
+def unlikelihood(z, y):
+    return -torch.log(1 - z.softmax(0)[y])

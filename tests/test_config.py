@@ -2,7 +2,7 @@
 
 import copy
 import random
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import yaml
@@ -92,6 +92,8 @@ def valid_value(rng, field):
     """A value for a parameter, from its annotation and bounds."""
     if field.annotation is bool:
         return rng.random() < 0.5
+    if choices := get_args(field.annotation):
+        return rng.choice(choices)
     low, high = -3.0, 3.0
     for bound in field.metadata:
         low = max(low, getattr(bound, "ge", low), getattr(bound, "gt", low) + 1e-3)

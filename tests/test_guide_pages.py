@@ -35,10 +35,10 @@ def test_the_page_runs_from_top_to_bottom():
         for part in code(text, "python"):
             exec(part, names)  # the last one checks a gradient and a value
         names["cvloss_register_losses"](register_loss)
-        assert {"brier", "geometric", "squared"} <= available_losses().keys()
-        assert CVLossConfig.parse({"brier": {"gamma": 3.0}}).dump()["terms"][0]["gamma"] == 3
+        assert {"shortfall", "geometric", "squared"} <= available_losses().keys()
+        assert CVLossConfig.parse({"shortfall": {"gamma": 3.0}}).dump()["terms"][0]["gamma"] == 3
         with pytest.raises(ConfigError, match="gamma"):
-            CVLossConfig.parse({"brier": {"gamma": 5}})
+            CVLossConfig.parse({"shortfall": {"gamma": 5}})
 
 
 def test_losses_named_on_the_page_exist():
@@ -72,7 +72,7 @@ def test_the_example_of_the_hook_works():
     exec(inspect.cleandoc(source), names)
     with temporary_losses():
         names["cvloss_register_losses"](register_loss)
-        assert CVLossConfig.parse({"brier": {"scale": 2.0}})
+        assert CVLossConfig.parse({"shortfall": {"scale": 2.0}})
 
 
 # Messages of hosts and launchers, which no code here prints.

@@ -8,7 +8,7 @@ from naive import COUNTS, NAIVE, NUMBERS
 from axolotl_cvloss import Objective
 from axolotl_cvloss.engine import batch as engine_batch
 from axolotl_cvloss.engine.rows import Goldfish, Selector, select_rows
-from axolotl_cvloss.engine.vocabulary import count_labels, number_tokens, rarity
+from axolotl_cvloss.engine.vocabulary import count_labels, counted, number_tokens
 from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -24,9 +24,9 @@ def test_a_vocabulary_without_numbers_is_refused():
         Objective.from_config("number_token_mse", tokenizer=Tokenizer("one", "two"))
 
 
-@pytest.mark.parametrize("key", [*NUMBER_LOSSES, "ldam"])
+@pytest.mark.parametrize("key", [*NUMBER_LOSSES, "ldam", "weighted_cross_entropy"])
 def test_what_is_missing_is_said(key):
-    what = "label_counts" if key == "ldam" else "tokenizer"
+    what = "tokenizer" if key in NUMBER_LOSSES else "label_counts"
     with pytest.raises(ValueError, match=rf"needs to know more; use Objective.from_config\(..., {what}={what}\)"):
         Objective.from_config(key).from_logits(torch.randn(2, 12), torch.tensor([0, 1]), shift=False)
 
@@ -150,8 +150,10 @@ def test_ldam_without_margin_is_cross_entropy_and_sure_rows_are_finite():
 def test_counts_of_labels():
     counts = count_labels([[-100, 2, 2], torch.tensor([5, -100]), [0], [-100]])
     assert counts.tolist() == [1, 0, 2, 0, 0, 1]
-    assert rarity(torch.tensor([16, 0, 1]), torch.tensor([0, 1, 2, 7])).tolist() == [0.5, 1.0, 1.0, 1.0]
-    assert rarity(torch.zeros(0), torch.tensor([3])).tolist() == [1.0]
+    found = counted(torch.tensor([16, 0, 1]), torch.tensor([0, 1, 2, 7]))
+    assert found["rarity"].tolist() == [0.5, 1.0, 1.0, 1.0]
+    assert found["scarcity"].tolist() == [8.5 / 16, 8.5, 8.5, 8.5]
+    assert [x.tolist() for x in counted(torch.zeros(0), torch.tensor([3])).values()] == [[1.0], [1.0]]
 
 
 # goldfish

@@ -123,3 +123,99 @@ def test_a_token_that_is_ruled_out_is_as_if_it_were_not_there(name):
     torch.testing.assert_close(value, wanted)
     torch.testing.assert_close(gradient[:, :7], wanted_gradient)
     assert (gradient[:, 7:] == 0).all()
+
+
+# One loss in terms of another
+
+
+LABELS = torch.tensor([0, 1, 2, 1, 5, 3])
+
+
+def some_logits():
+    return 2 * torch.randn(6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def on_some_rows(key, **known):
+    leaf = some_logits().requires_grad_()
+    loss = Objective.from_config(key, **known).from_logits(leaf, LABELS, shift=False).loss
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+EQUAL = {
+    "thresholded at 0": ({"thresholded": {"threshold": 0.0}}, "cross_entropy"),
+    "above and below": (
+        {"terms": [{"loss": "thresholded", "threshold": 0.2, "keep": keep} for keep in ("above", "below")]},
+        "cross_entropy",
+    ),
+    "tofu without gamma": ({"tofu": {"gamma": 0.0, "temperature": 1.0}}, "cross_entropy"),
+    "sed nowhere": ({"sed": {"threshold": 0.0}}, "cross_entropy"),
+    "sed without coefficient": ({"sed": {"coefficient": 0.0, "threshold": 2.0}}, "cross_entropy"),
+    "sed and its largest k": ({"sed": {"k": 100}}, "cross_entropy"),
+    "idft without exponent": ({"idft": {"low": 0.0, "high": 0.0}}, "cross_entropy"),
+    "idft and a large beta": ({"idft": {"beta": 1e12}}, "dft"),
+    "weighted_cross_entropy without power": ({"weighted_cross_entropy": {"power": 0.0}}, "cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_is_another_loss(case):
+    one, other = EQUAL[case]
+    known = {"label_counts": torch.tensor([3, 1, 4])} if "weighted" in case else {}
+    torch.testing.assert_close(on_some_rows(one, **known), on_some_rows(other))
+
+
+def test_weighted_cross_entropy_of_tokens_as_frequent_as_each_other_is_cross_entropy():
+    known = {"label_counts": torch.full((7,), 12)}
+    torch.testing.assert_close(on_some_rows("weighted_cross_entropy", **known), on_some_rows("cross_entropy"))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 3.0])
+def test_tofu_at_temperature_1_has_the_gradient_of_focal(gamma):
+    _, gradient = on_some_rows({"tofu": {"gamma": gamma, "temperature": 1.0}})
+    torch.testing.assert_close(gradient, on_some_rows({"focal": {"gamma": gamma}})[1])
+
+
+def test_tofu_without_gamma_is_cross_entropy_at_a_temperature():
+    value, gradient = on_some_rows({"tofu": {"gamma": 0.0, "temperature": 1.7}})
+    leaf = (some_logits() / 1.7).requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(leaf, LABELS)
+    torch.testing.assert_close(value, 1.7 * wanted.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, leaf)[0])
+
+
+def test_deft_is_gce_with_the_sum_of_squares_for_its_q():
+    for logits, label in zip(some_logits().split(1), LABELS.split(1), strict=True):
+        q = float((logits.softmax(1) ** 2).sum())
+        torch.testing.assert_close(evaluate("deft", logits, label), evaluate({"gce": {"q": q}}, logits, label))
+
+
+def test_deft_has_the_gradient_of_cross_entropy_with_the_weight_p_to_the_a():
+    leaf = some_logits().requires_grad_()
+    p = leaf.softmax(1)
+    weight = p[torch.arange(6), LABELS] ** (p**2).sum(1)
+    wanted = (-weight.detach() * leaf.log_softmax(1)[torch.arange(6), LABELS]).mean()
+    torch.testing.assert_close(on_some_rows("deft")[1], torch.autograd.grad(wanted, leaf)[0])
+
+
+def test_brier_is_0_at_the_target_and_2_at_another_token():
+    sure = 1e3 * torch.nn.functional.one_hot(torch.tensor([0, 0]), 4).double()
+    for label, wanted in ((0, 0.0), (2, 2.0)):
+        value, gradient = evaluate("brier", sure, torch.tensor([label] * 2))
+        assert value == wanted
+        assert (gradient == 0).all()
+
+
+def test_sed_above_1_pulls_on_every_row():
+    value, _ = on_some_rows({"sed": {"threshold": 1.5, "coefficient": 3.0}})
+    p = some_logits().softmax(1)[torch.arange(6), LABELS]
+    torch.testing.assert_close(value, (-p.log() + 3 * (p - 0.5) ** 2).mean())
+
+
+def test_unlikelihood_of_an_impossible_token_is_0_and_of_a_certain_one_finite():
+    logits = torch.tensor([[0.0, -1e3], [-1e3, 0.0]])
+    value, gradient = evaluate("unlikelihood", logits[:1], torch.tensor([1]))
+    assert value == 0
+    assert (gradient == 0).all()
+    value, gradient = evaluate("unlikelihood", logits[:1], torch.tensor([0]))
+    assert 80 < value < 100
+    assert gradient.isfinite().all()

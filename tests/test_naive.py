@@ -73,6 +73,31 @@ BY_HAND = {
         )
     ],
     "dft": [({}, (math.log(4) / 4 + math.log(2) / 2) / 2)],
+    "thresholded": [
+        ({"threshold": 0.3}, math.log(2) / 2),
+        ({"threshold": 0.3, "keep": "below"}, math.log(4) / 2),
+    ],
+    # 9/16 + 9/16, and 1/4 + 1/4
+    "brier": [({}, (9 / 8 + 1 / 2) / 2)],
+    # a = 1/16 + 9/16 and 1/2
+    "deft": [({}, ((1 - 0.25 ** (5 / 8)) / (5 / 8) + (1 - math.sqrt(0.5)) / 0.5) / 2)],
+    # g = 3/4 + log(4)/4 and 1/2 + log(2)/2; at temperature 1/2 p is 1/10 and 1/2
+    "tofu": [
+        (
+            {"gamma": 1.0, "temperature": 0.5},
+            ((3 / 4 + math.log(4) / 4) * math.log(10) / 2 + (1 / 2 + math.log(2) / 2) * math.log(2) / 2) / 2,
+        )
+    ],
+    # the likeliest token has 3/4 and 1/2
+    "sed": [({"k": 1, "threshold": 0.6, "coefficient": 8.0}, (math.log(4) + math.log(2)) / 2)],
+    # log p + H is 0 in the second row, so its exponent is 1; 3/4 log 1/3 = -0.82 in the first, and 3^(3/4) is above 2
+    "idft": [({}, (math.log(4) / 16 + math.log(2) / 2) / 2)],
+    "unlikelihood": [({}, (math.log(4 / 3) + math.log(2)) / 2)],
+    # counts 1 and 3, mean 2: weights sqrt 2, and 2 cut to 1.2
+    "weighted_cross_entropy": [
+        ({"counts": [1, 3]}, (math.sqrt(2) * math.log(4) + math.sqrt(2 / 3) * math.log(2)) / 2),
+        ({"counts": [1, 3], "power": 1.0, "cap": 1.2}, (1.2 * math.log(4) + 2 / 3 * math.log(2)) / 2),
+    ],
     # H = log 2 for the second row, so with k = 2 its weight is 1
     "entropy_adaptive": [
         (
@@ -125,7 +150,14 @@ def test_documents_are_weighted_by_their_trained_rows(name):
     torch.testing.assert_close(NAIVE[name](logits, labels, documents), expected)
 
 
-DETACHED = {"dft", "entropy_adaptive", "gem"}  # their gradient is not that of their value, on purpose
+DETACHED = {
+    "deft",
+    "dft",
+    "entropy_adaptive",
+    "gem",
+    "idft",
+    "tofu",
+}  # their gradient is not that of their value, on purpose
 
 
 @pytest.mark.parametrize("name", sorted(set(NAIVE) - DETACHED))

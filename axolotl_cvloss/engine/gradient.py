@@ -1,6 +1,6 @@
 """The gradient of a chunk of logits: p times one number a row, and values at a few columns."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -261,10 +261,15 @@ def softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def cotangents(total: Tensor | float, leaves: Iterable[Tensor]) -> list[Tensor]:
     """The gradient of a total for each of its leaves, zeros where it does not depend on one."""
     leaves = list(leaves)
+    found = cotangents_or_none(total, leaves)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def cotangents_or_none(total: Tensor | float, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The same, None where it does not depend on one."""
     if not isinstance(total, Tensor) or not total.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(total, leaves, allow_unused=True))
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

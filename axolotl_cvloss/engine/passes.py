@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batch import Batch, Chunk
 from .family import Family, Part
-from .gradient import LogitGradient, cotangents, softmax_
+from .gradient import LogitGradient, cotangents_or_none, softmax_
 from .rows import COMPLETION
 from .sets import SetCounts, Window
 from .sources import LogitSource
@@ -238,13 +238,15 @@ class _Pass:
         leaves = [leaf.requires_grad_(self.gradient) for part in own for leaf in part]
         with torch.set_grad_enabled(self.gradient):
             total = sum(part.total(rows, statistics) for part in self.parts)
-        found = cotangents(total, [*statistics.values(), *leaves])
+        found = cotangents_or_none(total, [*statistics.values(), *leaves])
         for leaf in leaves:
             leaf.requires_grad_(False)
         rest = iter(found[len(statistics) :])
         for part, given in zip(self.parts, own, strict=True):
-            part.take(rows, [next(rest) for _ in given])
-        return dict(zip(statistics, found, strict=False))
+            part.take(rows, [_or_zeros(next(rest), leaf) for leaf in given])
+        # A statistic that counts as a constant is not pulled back, which would take a pass over the chunk.
+        pulled = zip(statistics.items(), found, strict=False)
+        return {name: _or_zeros(grad, leaf) for (name, leaf), grad in pulled if grad is not None or name in FACTORED}
 
     def _pull(self, chunk: Chunk, view: View | None, found: Mapping[Key, Tensor]) -> None:
         rows = chunk.rows
@@ -271,6 +273,10 @@ class _Pass:
                 weighted = self.p_at(chunk.number, window) if view is None else view.p_at(window.columns)
                 found.append((window, weighted.mul_(cotangent)))
         return found
+
+
+def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if gradient is None else gradient
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -37,12 +37,18 @@ class Statistic:
     also: str = ""
 
 
+def _tempered(z: Tensor, temperature: float) -> Tensor:
+    """z / temperature, from the largest of the row: far from 0 a quotient has few digits."""
+    return (z - z.amax(1, keepdim=True)).div_(temperature)
+
+
 def _tempered_logp(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    return (z / temperature).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
+    scaled = _tempered(z, temperature)
+    return scaled.gather(1, labels[:, None]).squeeze(1) - scaled.logsumexp(1)
 
 
 def _tempered_pull(z: Tensor, rows: Mapping[str, Tensor], temperature: float) -> Tensor:
-    return (z / temperature).softmax(1).div_(-temperature)
+    return _tempered(z, temperature).softmax(1).div_(-temperature)
 
 
 def _top_entropy(p: Tensor, labels: Tensor, k: float) -> Tensor:

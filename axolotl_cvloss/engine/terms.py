@@ -10,6 +10,7 @@ from torch import Tensor
 from .family import Family
 from .rows import COMPLETION, Selector
 from .statistics import Key
+from .vocabulary import COUNTED
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Loss:
 
     @property
     def needs_label_counts(self) -> bool:
-        return "rarity" in self.statistics
+        return any(name in COUNTED for name in self.statistics)
 
     @property
     def needs_more(self) -> bool:

@@ -61,12 +61,18 @@ def count_labels(labels: Iterable[Any]) -> Tensor:
     return counts
 
 
-def rarity(counts: Tensor, labels: Tensor) -> Tensor:
-    """(n_min / n_y)^(1/4) of each label, float64: 1 for the rarest token of the training set, less for frequent ones.
+# Numbers of each row that come from such counts, not from the logits; they have no gradient.
+COUNTED = {
+    "rarity": "(N,) (n_min / n_y)^(1/4), n_y how often the target is a label in the training set; no gradient",
+    "scarcity": "(N,) n_mean / n_y, n_mean the mean of the counts of the tokens that are a label there; no gradient",
+}
 
-    Tokens that are no label there count as the rarest.
-    """
+
+def counted(counts: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The numbers of ``COUNTED`` for each label, float64. Tokens that are no label there count as the rarest."""
     counts = torch.cat([counts.to(labels.device, torch.float64), torch.zeros(1, device=labels.device)])
     seen = counts[counts > 0]
-    least = seen.min() if len(seen) else counts.new_ones(())
-    return (least / counts[labels.clamp_max(len(counts) - 1)].clamp_min(least)) ** 0.25
+    if not len(seen):
+        seen = counts.new_ones(1)
+    own = counts[labels.clamp_max(len(counts) - 1)].clamp_min(seen.min())
+    return {"rarity": (seen.min() / own) ** 0.25, "scarcity": seen.mean() / own}

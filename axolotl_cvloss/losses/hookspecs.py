@@ -37,12 +37,12 @@ def cvloss_register_losses(register: Register) -> None:
 
         from axolotl_cvloss import hookimpl
 
-        def brier(logp, scale: float = 1.0):
+        def shortfall(logp, scale: float = 1.0):
             return scale * (1 - logp.exp()) ** 2
 
         @hookimpl
         def cvloss_register_losses(register):
-            register("brier", family="token")(brier)
+            register("shortfall", family="token")(shortfall)
 
     and ``pyproject.toml``, whose entry point names the module::
 
@@ -54,5 +54,5 @@ def cvloss_register_losses(register: Register) -> None:
         [project.entry-points.axolotl_cvloss]
         my_losses = "my_losses"
 
-    Where both are installed, ``cv_loss: {brier: {scale: 2.0}}`` trains with it.
+    Where both are installed, ``cv_loss: {shortfall: {scale: 2.0}}`` trains with it.
     """

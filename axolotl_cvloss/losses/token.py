@@ -1,4 +1,4 @@
-"""Losses of one row: functions of log p of the target.
+"""Losses of one row: functions of log p of the target, and of a few other numbers of the row.
 
 Each takes ``logp`` (N,), float32 or float64, and returns one value a row, (N,). p is exp(logp).
 
@@ -6,12 +6,14 @@ Focal weighs the tokens up that the model gets wrong; dft, encouraging and gce w
 depends on how much the model knows already and on how clean the data are.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ..engine.numerics import one_minus_exp
+from ..engine.numerics import log_one_minus_exp, one_minus_exp
 from . import reference
-from .bounds import AtLeastMinus1, Fraction, FractionBelow1, NonNegative, Positive, PositiveFraction
+from .bounds import AtLeastMinus1, Fraction, FractionBelow1, NonNegative, Number, Positive, PositiveFraction
 from .hookspecs import hookimpl
 
 
@@ -138,6 +140,164 @@ def ldam(logp: Tensor, rarity: Tensor, max_margin: Positive = 0.5) -> Tensor:
     return margin - logp + (logp.exp() * torch.expm1(-margin)).log1p()
 
 
+def thresholded(logp: Tensor, threshold: Fraction = 0.1, keep: Literal["above", "below"] = "above") -> Tensor:
+    """Cross-entropy of the tokens whose p is at least a threshold, or of the others (``keep: below``).
+
+    The mean is over all trained tokens, those that are left out too. The second source divides by those that are kept.
+
+    Formula: -log p where sg(p) >= threshold (keep: above) or sg(p) < threshold (keep: below), else 0
+    Source: Liu et al. 2026, ProFit, arXiv:2601.09195; Beyond Log Likelihood, 2025, arXiv:2510.00526
+    Helps: above: strong base models on data near to what they know, where unlikely tokens are a matter of wording.
+    Hurts: above: what is new to the model is never learnt, as a token below the threshold gets no gradient at all.
+
+    Args:
+        logp: (N,), log p of the target.
+        threshold: 0 with ``keep: above`` is cross-entropy.
+        keep: Which tokens train.
+    """
+    left_out = logp.exp() < threshold if keep == "above" else logp.exp() >= threshold
+    return -logp.masked_fill(left_out, 0)
+
+
+def deft(logp: Tensor, collision: Tensor) -> Tensor:
+    """Between cross-entropy, where the model spreads its probability, and 1 - p, where it is sure: gce with its own q.
+
+    The gradient is sg(p)^a times that of cross-entropy.
+
+    Formula: (1 - p^a) / a, a = sg(sum_j p_j^2), sg without gradient
+    Source: Wang et al. 2026, Gradients Must Earn Their Influence, arXiv:2602.11424, its DEFT
+    Helps: as dft, but on rows where the model is unsure it learns as cross-entropy does; its authors' experiments.
+    Hurts: correcting a model that is sure and wrong, as p is near 0 and a near 1 there. The value is no measure of
+        progress.
+
+    Args:
+        logp: (N,), log p of the target.
+        collision: (N,), sum of the squares of the row's probabilities.
+    """
+    a = collision.detach()
+    return one_minus_exp(a * logp) / a
+
+
+def brier(logp: Tensor, collision: Tensor) -> Tensor:
+    """The squared distance of the row's probabilities from the target: bounded, and proper as cross-entropy is.
+
+    Formula: sum_j (p_j - [j = y])^2 = 1 - 2 p + sum_j p_j^2
+    Source: Brier 1950, Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review 78
+    Helps: calibration, and a few wrong labels, as no token costs more than 2. No evidence in fine-tuning yet.
+    Hurts: where much is new to the model: the gradient vanishes with p. Mix it with cross-entropy.
+
+    Args:
+        logp: (N,), log p of the target.
+        collision: (N,), sum of the squares of the row's probabilities.
+    """
+    return 2 * one_minus_exp(logp) - (1 - collision)
+
+
+def tofu(logp: Tensor, tempered_logp: Tensor, gamma: NonNegative = 3.0, temperature: Positive = 0.8) -> Tensor:
+    """Cross-entropy at another temperature, with the weight that focal gives to the gradient held constant.
+
+    With temperature 1 the gradient is that of focal; with gamma 0 it is cross-entropy at the temperature, times it.
+
+    Formula: -sg(g) temperature log softmax(z / temperature)_y, g = (1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p
+    Source: Diversity in Large Language Models under Supervised Fine-Tuning, 2026, arXiv:2605.00195
+    Helps: the diversity of samples, with a temperature below 1; its authors' experiments.
+    Hurts: as focal, with wrong labels; the value is no measure of progress.
+
+    Args:
+        logp: (N,), log p of the target.
+        tempered_logp: (N,), log of its probability at the temperature.
+        gamma: Weight on tokens that the model gets wrong.
+        temperature: Below 1, only tokens nearly as likely as the target are pushed down.
+    """
+    own = logp.detach()
+    wrong = one_minus_exp(own).clamp_min(_tiny(own))
+    # At gamma < 1 the power is large where p is near 1, and log p makes up for it.
+    weight = wrong**gamma - gamma * own.exp() * own * wrong ** (gamma - 1)
+    return -weight * temperature * tempered_logp
+
+
+def sed(
+    logp: Tensor, top_mass: Tensor, coefficient: NonNegative = 1.0, k: Number = 2, threshold: NonNegative = 0.5
+) -> Tensor:
+    """Cross-entropy, and where the model is unsure a pull of p towards 1/2.
+
+    A row is unsure where its ``k`` likeliest tokens have less probability than the threshold. The paper takes for it a
+    quantile over the data under the initial model, which has to be found for each model; the default is ours.
+
+    Formula: -log p + coefficient [m < threshold] (p - 1/2)^2, m the probability of the k likeliest tokens
+    Source: SED-SFT, 2026, arXiv:2602.07464; its code has both k 2 and k 10
+    Helps: the diversity of samples, where several tokens are right; its authors' experiments.
+    Hurts: with a large coefficient, tokens that have one right answer the model does not know yet.
+
+    Args:
+        logp: (N,), log p of the target.
+        top_mass: (N,), probability of the k likeliest tokens together.
+        coefficient: Of the pull; 0 is cross-entropy.
+        k: How many tokens are looked at.
+        threshold: 0 is cross-entropy; above 1 every row is pulled.
+    """
+    return coefficient * torch.where(top_mass < threshold, (logp.exp() - 0.5) ** 2, 0) - logp
+
+
+def idft(
+    logp: Tensor, entropy: Tensor, beta: Positive = 1.0, low: NonNegative = 0.1, high: NonNegative = 2.0
+) -> Tensor:
+    """dft with an exponent of each token: small where the target is less likely than the model's entropy suggests.
+
+    log p + H is 0 on average over the model's own samples. Where it is far below, the exponent is ``high`` and the
+    token hardly counts; where it is above, the exponent is small and the token counts nearly in full.
+
+    Formula: -sg(p^g) log p, g = clamp(exp(-(log p + H) / beta), low, high), H = -sum_j p_j log p_j, sg without gradient
+    Source: Towards On-Policy SFT, 2026, arXiv:2602.12222; one of two copies in its code detaches the whole loss
+    Helps: strong base models on data near to what they know; its authors' experiments.
+    Hurts: as dft, where much is new to the model; and its value is no measure of progress.
+
+    Args:
+        logp: (N,), log p of the target.
+        entropy: (N,), of the row's distribution.
+        beta: A large one makes it dft.
+        low: Least exponent; with ``high`` 0 too it is cross-entropy.
+        high: Largest exponent; where it is below ``low`` it is what counts.
+    """
+    own = logp.detach()
+    exponent = (-(own + entropy.detach()) / beta).exp().clamp(low, high)
+    return -(exponent * own).exp() * logp
+
+
+def unlikelihood(logp: Tensor) -> Tensor:
+    """Moves probability away from the target: for text that the model must not write.
+
+    It acts on all trained tokens, so the data must be such text alone.
+
+    Formula: -log(1 - p)
+    Source: Welleck et al. 2019, Neural Text Generation with Unlikelihood Training, arXiv:1908.04319
+    Helps: unlearning phrases or repetitions, for a few steps with a small learning rate.
+    Hurts: on any text that is right, and mixed with cross-entropy on the same tokens, which it undoes.
+
+    Args:
+        logp: (N,), log p of the target.
+    """
+    return -log_one_minus_exp(logp)
+
+
+def weighted_cross_entropy(logp: Tensor, scarcity: Tensor, power: NonNegative = 0.5, cap: Positive = 10.0) -> Tensor:
+    """Cross-entropy with more weight on rare tokens. How often tokens occur is counted in the training set.
+
+    Formula: -min(cap, (n_mean / n_y)^power) log p, n_y the count of the target, n_mean the mean of those that occur
+    Source: the usual weights of classes in segmentation; power and cap ours
+    Helps: rare tokens that decide an answer, such as one class name of many.
+    Hurts: most tokens are rare by chance, and become too likely; punctuation and the end of the text, which are
+        frequent, count least. No evidence in fine-tuning yet.
+
+    Args:
+        logp: (N,), log p of the target.
+        scarcity: (N,), n_mean / n_y.
+        power: 0 is cross-entropy, 1 gives each token of the vocabulary the same weight in sum.
+        cap: Largest weight.
+    """
+    return -(scarcity**power).clamp_max(cap) * logp
+
+
 def _tiny(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny
 
@@ -148,5 +308,12 @@ def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
     register("cross_entropy", family="token", reference=reference.cross_entropy, only_if=smoothing)(cross_entropy)
     register("focal", family="token", reference=reference.focal)(focal)
     register("self_adjusting_dice", family="token", reference=reference.self_adjusting_dice)(self_adjusting_dice)
-    for function in (poly, gce, encouraging, dft, z_regularized, ldam):
+    for function in (poly, gce, encouraging, dft, z_regularized, ldam, weighted_cross_entropy):
         register(function.__name__, family="token")(function)
+    register("thresholded", family="token")(thresholded)
+    register("unlikelihood", family="token")(unlikelihood)
+    register("brier", family="token")(brier)
+    register("deft", family="token")(deft)
+    register("idft", family="token")(idft)
+    register("tofu", family="token", at={"tempered_logp": "temperature"})(tofu)
+    register("sed", family="token", at={"top_mass": "k"})(sed)

@@ -17,7 +17,7 @@ from ..engine.sets import SetCounts
 from ..engine.sources import Head, LogitSource, RandomState, TensorSource, device_of, head_source
 from ..engine.terms import Term
 from ..engine.views import fused
-from ..engine.vocabulary import rarity
+from ..engine.vocabulary import counted
 from ..losses.registry import available_losses
 from .config import KEY, ConfigError, CVLossConfig
 
@@ -271,8 +271,9 @@ class Objective:
         if self.label_counts is None:
             return {}
         # In float64 as far as here, which not every device has.
-        values = rarity(self.label_counts, batch.host.labels).to(batch.dtype)
-        return {"rarity": values.to(batch.loss.device, non_blocking=True)}
+        found = counted(self.label_counts, batch.host.labels)
+        device = batch.rows.labels.device
+        return {name: x.to(batch.dtype).to(device, non_blocking=True) for name, x in found.items()}
 
     def _sampled(
         self, source_of: Callable[[Tensor], LogitSource], terms: Sequence[Term], batch: Batch

@@ -34,6 +34,11 @@ VARIANTS = {
     "confidence_penalty": [{"coefficient": 1.0}],
     "gem": [{"beta": 0.3}, {"beta": 1.0}],
     "ldam": [{"max_margin": 2.0}],
+    "weighted_cross_entropy": [{"power": 1.0, "cap": 1.5}],
+    "thresholded": [{"threshold": 0.05, "keep": "below"}],
+    "tofu": [{"gamma": 0.5, "temperature": 2.0}, {"gamma": 0.0}],
+    "sed": [{"coefficient": 0.5, "k": 3, "threshold": 0.7}, {"threshold": 2.0}],
+    "idft": [{"beta": 5.0, "low": 0.0, "high": 0.5}],
     "number_token_wasserstein": [],  # their one parameter says which rows they look at, and has a test of its own
     "number_token_mse": [],
 }
@@ -47,6 +52,11 @@ DETACHED = [
     "gem",
     "gem beta=0.3",
     "gem beta=1.0",
+    "deft",
+    "tofu",
+    "tofu gamma=0.5 temperature=2.0",
+    "idft",
+    "idft beta=5.0 low=0.0 high=0.5",
 ]
 # A certain and right prediction is not their minimum, and by their formula it need not be.
 PERFECT_IS_NOT_BEST = [
@@ -65,6 +75,9 @@ PERFECT_IS_NOT_BEST = [
     "gem",  # its gradient leads there, but q is taken for a constant and the value may be below 0 elsewhere
     "gem beta=0.3",
     "gem beta=1.0",
+    "thresholded",  # a token that is left out has the value 0
+    "thresholded threshold=0.05 keep=below",
+    "unlikelihood",
     "a_row_loss",
 ]
 # An impossible token (logit -inf) makes their value infinite, as their formula says.
@@ -100,6 +113,11 @@ REPRESENTATIVES = [
     "focal",
     "z_regularized",
     "ldam",
+    "weighted_cross_entropy",
+    "brier",
+    "tofu",
+    "sed",
+    "idft",
     "squentropy",
     "entropy_adaptive",
     "dice",

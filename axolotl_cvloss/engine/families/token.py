@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..family import Family, Part
 from ..statistics import STATISTICS
+from ..vocabulary import COUNTED
 
 
 class TokenPart(Part):
@@ -27,7 +28,7 @@ TOKEN = Family(
         "logp": "(N,) log-probability of each row's target",
         "lse": "(N,) logsumexp of each row's logits",
         **{name: statistic.words for name, statistic in STATISTICS.items()},
-        "rarity": "(N,) (n_min / n_y)^(1/4), n_y how often the target is a label in the training set; no gradient",
+        **COUNTED,
     },
     pointwise=True,
     part=TokenPart,
