@@ -158,9 +158,8 @@ def _batched(term: Term, statistics: Mapping[str, Tensor], allowed: Mapping[str,
     if len(given[0]) > 1 and term.loss.function not in _LOOPED:
         try:
             return torch.vmap(one)(*given)
-        except (
-            RuntimeError
-        ):  # a value that steers the code, an operation without a batched form, or an error of its own
+        # A value that steers the code, an operation without a batched form, or an error of its own, which comes again.
+        except RuntimeError:
             values = [one(*row) for row in zip(*given, strict=True)]
             _LOOPED.add(term.loss.function)
             return torch.stack(values)
