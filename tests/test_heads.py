@@ -1,5 +1,7 @@
 """Heads: the objective of hidden states equals that of the logits they make, values and gradients."""
 
+import math
+
 import pytest
 import torch
 from helpers import KNOWN
@@ -121,17 +123,30 @@ def test_no_trained_row_and_one(name, trained):
         torch.testing.assert_close(grad, right)
 
 
+def unknown(name, logits, labels):
+    """What float32 cannot know of the value: -log(1 - p) where 1 - p is below rounding. In float64 it is up to 708."""
+    if name != "unlikelihood":
+        return 0.0
+    trained = labels[:, 1:] != -100
+    p = logits[:, :-1][trained].softmax(1).gather(1, labels[:, 1:][trained][:, None])
+    confident = p > 1 - 1000 * torch.finfo(torch.float32).eps
+    return -math.log(torch.finfo(torch.float64).tiny) * confident.double().mean().item()
+
+
 @pairwise(name=NAMES, frozen=[False, True], size=SIZES)
 def test_extreme_models(name, size, frozen):
     """Uniform probabilities, p = 1 to rounding, and logits of 1e4: finite, and as accurate as full logits."""
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = (t.float() for t in tensors(size=size**0.5))
     wanted = (True, not frozen, False)
-    right, right_grads = expected(objective, rows, *(t.double() for t in (hidden, weight, bias)), 1.0, None, wanted)
+    doubles = [t.double() for t in (hidden, weight, bias)]
+    right, right_grads = expected(objective, rows, *doubles, 1.0, None, wanted)
     _, plain_grads = expected(objective, rows, hidden, weight, bias, 1.0, None, wanted)
     leaf, head = hidden.clone().requires_grad_(), linear(weight, bias, wanted)
     found = objective.from_hidden(leaf, head, **rows)
-    torch.testing.assert_close(found.loss.double(), right.loss.double(), rtol=1e-4, atol=1e-5)
+    assert found.loss.isfinite()
+    allowed = 1e-5 + unknown(name, torch.nn.functional.linear(*doubles), rows["labels"])
+    torch.testing.assert_close(found.loss.double(), right.loss.double(), rtol=1e-4, atol=allowed)
     grads = torch.autograd.grad(found.loss, [t for t in (leaf, head.weight) if t.requires_grad])
     for grad, plain, exact in zip(grads, plain_grads, right_grads, strict=True):
         assert grad.isfinite().all()
