@@ -25,7 +25,7 @@ class Tokenizer:
 
 # Those of naive.NUMBERS are numbers of one digit.
 DIGITS = Tokenizer("the", "3", "\u01207", "12", "\u25810", "a1", "-4", "1.5", "five", "²", "٣", "²3")
-NUMBER_LOSSES = ["number_token_wasserstein", "number_token_mse"]
+NUMBER_LOSSES = ["number_token_wasserstein", "number_token_mse", "number_token_gaussian"]
 # What an objective is told so that every loss has all that it needs.
 KNOWN = {"tokenizer": DIGITS, "label_counts": torch.tensor(COUNTS)}
 

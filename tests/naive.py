@@ -21,6 +21,7 @@ NAIVE = {}
 # What the losses that need more are told: the tokens that are numbers, with their values, and how often each token is a
 # label. The tests tell the package the same.
 NUMBERS = {1: 3.0, 2: 7.0, 4: 0.0}
+FORMS = {1: "", 2: " ", 4: " "}  # what stands before them
 COUNTS = [5, 16, 3, 0, 9, 1]
 
 
@@ -274,6 +275,22 @@ def number_token_wasserstein(q, v, target):
 @number_loss
 def number_token_mse(q, v, target):
     return (sum(q[j] * v[j] for j in range(len(v))) - target) ** 2
+
+
+def number_token_gaussian(logits, labels, documents=None, numbers=NUMBERS, forms=FORMS, sigma=0.5, max_digits=1):
+    found = []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        if y in numbers:
+            like = [j for j in numbers if forms[j] == forms[y]]
+            heights = [math.exp(-((numbers[j] - numbers[y]) ** 2) / (2 * sigma**2)) for j in like]
+            t = [height / sum(heights) for height in heights]
+            logp = z.log_softmax(0)
+            entropy = -sum(x * math.log(x) for x in t if x)
+            found.append(-sum(t[i] * logp[j] for i, j in enumerate(like)) - entropy)
+    return sum(found) / len(found) if found else logits.sum() * 0
+
+
+NAIVE["number_token_gaussian"] = number_token_gaussian
 
 
 @token_loss

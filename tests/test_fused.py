@@ -18,7 +18,7 @@ KEYS = {
     "token": {"cross_entropy": {"weight": 1.0, "label_smoothing": 0.1}, "focal": 0.5, "z_regularized": 0.1},
     "sets": {"generalized_dice": 0.5, "lovasz": 0.5, "focal": 0.2},
     "document": {"focal_tversky": 0.5, "cross_entropy": 0.5},
-    "numbers": {"number_token_mse": 0.5, "number_token_wasserstein": 0.1, "cross_entropy": 0.5},
+    "numbers": {"number_token_mse": 0.5, "number_token_gaussian": {"weight": 0.3, "sigma": 4.0}, "cross_entropy": 0.5},
 }
 BOUNDS = {"plain": (1.0, None), "both": (0.5, 5.0)}
 

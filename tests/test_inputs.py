@@ -1,9 +1,11 @@
 """Losses and masks that need more than logits and labels: number tokens, token counts, input ids, example weights."""
 
+import math
+
 import pytest
 import torch
 from helpers import DIGITS, KNOWN, NUMBER_LOSSES, Tokenizer, dropped_naive, make_batch
-from naive import COUNTS, NAIVE, NUMBERS
+from naive import COUNTS, FORMS, NAIVE, NUMBERS
 
 from axolotl_cvloss import Objective
 from axolotl_cvloss.engine import batch as engine_batch
@@ -15,8 +17,16 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
 def test_number_tokens():
-    assert number_tokens(DIGITS, 1) == NUMBERS
-    assert number_tokens(DIGITS, 2) == {**NUMBERS, 3: 12.0}
+    one, two = (number_tokens(DIGITS, digits) for digits in (1, 2))
+    assert dict(zip(one.tokens, one.values, strict=True)) == NUMBERS
+    assert dict(zip(two.tokens, two.values, strict=True)) == {**NUMBERS, 3: 12.0}
+    assert [a == b for a in one.forms for b in one.forms] == [FORMS[a] == FORMS[b] for a in NUMBERS for b in NUMBERS]
+
+
+def test_numbers_are_alike_where_as_much_stands_before_them():
+    found = number_tokens(Tokenizer("7", "07", "12", "007", "0", "\u01207", "00", "\u2581\u25817", "\u012007"), 3)
+    assert found.values == (7, 7, 12, 7, 0, 7, 0, 7, 7)
+    assert [found.forms.index(form) for form in found.forms] == [0, 1, 0, 3, 0, 5, 1, 7, 8]
 
 
 def test_a_vocabulary_without_numbers_is_refused():
@@ -96,6 +106,42 @@ def test_no_number_at_all_is_a_connected_zero():
     result.loss.backward()
     assert result.loss == 0
     assert (states.grad == 0).all()
+
+
+def gaussian(sigma, labels, numbers="0123456789"):
+    """Value and gradient over the digits as tokens, and three words."""
+    logits = 2 * torch.randn(len(labels), 13, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    tokenizer = Tokenizer("a", "b", *numbers, "c")
+    objective = Objective.from_config({"number_token_gaussian": {"sigma": sigma}}, tokenizer=tokenizer)
+    leaf = logits.requires_grad_()
+    loss = objective.from_logits(leaf, labels, shift=False).loss
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0], leaf
+
+
+def test_the_ends_of_number_token_gaussian():
+    labels = torch.tensor([2, 7, 11, 0, 5])  # one is no number
+    numbers = labels != 0
+    value, gradient, leaf = gaussian(1e-200, labels)
+    wanted = torch.nn.functional.cross_entropy(leaf[numbers], labels[numbers])
+    torch.testing.assert_close(value, wanted.detach(), **EXACT)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, leaf)[0], **EXACT)
+    value, gradient, leaf = gaussian(1e9, labels)
+    even = -leaf[numbers].log_softmax(1)[:, 2:12].mean() - math.log(10)
+    torch.testing.assert_close(value, even.detach(), **EXACT)
+    torch.testing.assert_close(gradient, torch.autograd.grad(even, leaf)[0], **EXACT)
+
+
+def test_number_token_gaussian_wants_no_other_spelling_of_the_number():
+    tokens = ["7", "\u01207", "8", "07", "\u01208"]
+    objective = Objective.from_config(
+        {"number_token_gaussian": {"max_digits": 2, "sigma": 2.0}}, tokenizer=Tokenizer(*tokens)
+    )
+    height = math.exp(-1 / 8)  # of "8" where the target is "7"
+    wanted = torch.tensor([1, 0, height, 0, 0], dtype=torch.float64) / (1 + height)
+    leaf = wanted.clamp_min(1e-300).log()[None].requires_grad_()
+    loss = objective.from_logits(leaf, torch.tensor([0]), shift=False).loss
+    assert abs(loss.item()) < 1e-12
+    assert torch.autograd.grad(loss, leaf)[0].abs().max() < 1e-12
 
 
 def test_max_digits_is_a_parameter():

@@ -150,6 +150,14 @@ def test_documents_are_weighted_by_their_trained_rows(name):
     torch.testing.assert_close(NAIVE[name](logits, labels, documents), expected)
 
 
+def test_number_token_gaussian_by_hand():
+    # p = (1/4, 3/4) of two numbers that lie 1 apart; sigma^2 1 / (2 log 3), so t = (3/4, 1/4) and (1/4, 3/4)
+    given = {"numbers": {0: 4.0, 1: 5.0}, "forms": {0: "", 1: ""}, "sigma": math.sqrt(1 / (2 * math.log(3)))}
+    logits = from_probabilities((0.25, 0.75), (0.25, 0.75))
+    value = NAIVE["number_token_gaussian"](logits, torch.tensor([0, 1]), **given)
+    assert value.item() == pytest.approx((3 / 4 * math.log(3) + 1 / 4 * math.log(1 / 3)) / 2)
+
+
 DETACHED = {
     "deft",
     "dft",

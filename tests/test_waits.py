@@ -17,7 +17,7 @@ OBJECTIVES = {
     "region": ({"cross_entropy": 0.5, "generalized_dice": 0.5}, 1),
     "document": ({"focal_tversky": 0.5, "topk_cross_entropy": 0.5}, 1),
     "lovasz": ({"cross_entropy": 0.5, "lovasz": 0.5}, 1 + CHUNKS),
-    "number": ({"number_token_mse": 1.0}, 1),
+    "number": ({"number_token_mse": 1.0, "number_token_gaussian": 1.0}, 1),
 }
 
 

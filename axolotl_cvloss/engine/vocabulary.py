@@ -13,40 +13,45 @@ from .rows import IGNORE_INDEX
 _SPACES = " \u0120\u2581\u00a0"  # a space, and what byte-level and SentencePiece vocabularies write for one
 
 
-def number_tokens(tokenizer: Any, max_digits: int) -> dict[int, float]:
-    """The tokens that are numbers, with their values.
+@dataclass(frozen=True)
+class NumberTokens:
+    """The number tokens, rising, with their values; as a filter, the rows whose target is one.
+
+    forms: Equal for tokens that differ in their value alone: by spaces and zeros before it.
+    """
+
+    tokens: tuple[int, ...]
+    values: tuple[float, ...]
+    forms: tuple[int, ...]
+
+    def __call__(self, targets: Tensor, input_ids: Tensor | None, documents: Tensor) -> Tensor:
+        return torch.isin(targets, torch.tensor(self.tokens, device=targets.device))
+
+    def tensors(self, like: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those that a vocabulary of that size has, (K,); their values in the dtype of a tensor; their forms."""
+        here = bisect_left(self.tokens, vocab_size)
+        values = torch.tensor(self.values[:here], dtype=like.dtype)
+        found = torch.tensor(self.tokens[:here]), values, torch.tensor(self.forms[:here])
+        tokens, values, forms = (x.to(like.device, non_blocking=True) for x in found)
+        return tokens, values, forms
+
+
+def number_tokens(tokenizer: Any, max_digits: int) -> NumberTokens:
+    """The tokens that are numbers.
 
     A token is a number if, but for spaces before it, it has nothing but the digits 0 to 9, at most ``max_digits`` of
     them. Its value is that of these digits alone: of ``1234`` cut into ``123`` and ``4`` the values are 123 and 4.
     Signs, points and words are no numbers.
     """
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    found = {}
+    found = []
     for token, number in vocabulary.items():
         digits = token.lstrip(_SPACES)
         if digits.isascii() and digits.isdigit() and len(digits) <= max_digits:
-            found[number] = float(digits)
-    return dict(sorted(found.items()))
-
-
-@dataclass(frozen=True)
-class NumberTokens:
-    """The number tokens; as a filter, the rows whose target is one."""
-
-    tokens: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __call__(self, targets: Tensor, input_ids: Tensor | None, documents: Tensor) -> Tensor:
-        return torch.isin(targets, torch.tensor(self.tokens, device=targets.device))
-
-    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (K,), rising, and their values (K,) in the dtype of a tensor."""
-        tokens, values = torch.tensor(self.tokens), torch.tensor(self.values, dtype=like.dtype)
-        return tokens.to(like.device, non_blocking=True), values.to(like.device, non_blocking=True)
-
-    def below(self, vocab_size: int) -> int:
-        """How many of the tokens a vocabulary of that size has."""
-        return bisect_left(self.tokens, vocab_size)
+            spaces, zeros = len(token) - len(digits), len(digits) - len(str(int(digits)))
+            found.append((number, float(digits), spaces * max_digits + zeros))
+    tokens, values, forms = zip(*sorted(found), strict=True) if found else ((), (), ())
+    return NumberTokens(tokens, values, forms)
 
 
 def count_labels(labels: Iterable[Any]) -> Tensor:

@@ -169,7 +169,7 @@ def entropy_adaptive(logits: Tensor, labels: Tensor, alpha: NonNegative = 1.0, k
 
 
 def confidence_penalty(logits: Tensor, labels: Tensor, coefficient: NonNegative = 0.1) -> Tensor:
-    """Cross-entropy with a reward for entropy, so that the model does not become too sure.
+    """Cross-entropy with a reward for entropy: the model does not become too sure.
 
     Formula: -log p - coefficient H, H = -sum_j p_j log p_j
     Source: Pereyra et al. 2017, Regularizing Neural Networks by Penalizing Confident Output Distributions,

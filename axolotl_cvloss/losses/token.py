@@ -62,7 +62,7 @@ def self_adjusting_dice(
 
 
 def poly(logp: Tensor, epsilon: AtLeastMinus1 = 1.0) -> Tensor:
-    """Cross-entropy with another weight on the first term, 1 - p, of its expansion in powers of 1 - p (Poly-1).
+    """Cross-entropy with another weight on the first term of its expansion in 1 - p; known as Poly-1.
 
     Formula: -log p + epsilon (1 - p)
     Source: Leng et al. 2022, PolyLoss, arXiv:2204.12511
@@ -87,7 +87,7 @@ def gce(logp: Tensor, q: PositiveFraction = 0.7) -> Tensor:
 
 
 def encouraging(logp: Tensor, log_end: FractionBelow1 = 0.75) -> Tensor:
-    """Cross-entropy with a bonus for tokens the model gets right, so that they go on being trained.
+    """Cross-entropy with a bonus for tokens the model gets right: they go on being trained.
 
     Formula: -log p + b, b = log(1 - p) up to p = log_end, and its tangent at log_end beyond
     Source: Zhao et al. 2022, Well-classified Examples are Underestimated, arXiv:2110.06537

@@ -41,6 +41,7 @@ VARIANTS = {
     "idft": [{"beta": 5.0, "low": 0.0, "high": 0.5}],
     "number_token_wasserstein": [],  # their one parameter says which rows they look at, and has a test of its own
     "number_token_mse": [],
+    "number_token_gaussian": [{"sigma": 4.0}, {"sigma": 1e-3}],
 }
 # Their gradient is not that of their value, on purpose.
 DETACHED = [
@@ -78,6 +79,8 @@ PERFECT_IS_NOT_BEST = [
     "thresholded",  # a token that is left out has the value 0
     "thresholded threshold=0.05 keep=below",
     "unlikelihood",
+    "number_token_gaussian",  # a part of the probability is meant for other numbers
+    "number_token_gaussian sigma=4.0",
     "a_row_loss",
 ]
 # An impossible token (logit -inf) makes their value infinite, as their formula says.
@@ -88,6 +91,8 @@ NOT_WITH_IMPOSSIBLE_TOKENS = [
     "squentropy coefficient=0.01",
     "spherical_z",  # their mean is infinite
     "spherical_z slope=0.3 offset=2.0",
+    "number_token_gaussian",  # a number that is wanted
+    "number_token_gaussian sigma=4.0",
     "a_row_loss",
 ]
 
@@ -128,6 +133,7 @@ REPRESENTATIVES = [
     "direct_coverage",
     "number_token_wasserstein",
     "number_token_mse",
+    "number_token_gaussian sigma=4.0",
     *STRANGERS,
 ]
 
@@ -153,6 +159,10 @@ def term(listed_as, **fields):
     return {"loss": name, **parameters, **fields}
 
 
+def of_numbers(listed_as):
+    return listed_as in LISTED and LISTED[listed_as][1] == "number"
+
+
 def groupings(listed_as):
     """What one set may be: nothing to choose for a loss without sets."""
     has_sets = LISTED[listed_as][1] in ("region", "ranking", "document")
@@ -172,6 +182,7 @@ FAMILIES = [
     {"loss": "a_row_loss", "weight": 0.2},
     {"loss": "a_document_loss", "weight": 0.7},
     {"loss": "number_token_mse", "weight": 0.1},
+    {"loss": "number_token_gaussian", "sigma": 4.0, "weight": 0.3},
 ]
 
 

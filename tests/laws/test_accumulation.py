@@ -3,8 +3,8 @@
 import itertools
 
 import torch
-from helpers import NUMBER_LOSSES, Batch, make_batch
-from listed import MIXTURE, close, counted, each_family, evaluate, naive, term
+from helpers import Batch, make_batch
+from listed import MIXTURE, close, counted, each_family, evaluate, naive, of_numbers, term
 from naive import NUMBERS
 
 
@@ -22,10 +22,10 @@ def test_micro_batches_with_a_common_count_are_one_big_batch(listed_as, kind):
     terms = [*terms, *([{"loss": "cross_entropy", "scope": "sequence"}] if listed_as == "mixture" else [])]
     big, big_gradient = evaluate(batch, *terms)
     counts = {scope: len(batch.rows(scope)) for scope in ("completion", "sequence")}
-    if listed_as in NUMBER_LOSSES:
+    if of_numbers(listed_as):
         counts |= counted(listed_as, counts["completion"], sum(y in NUMBERS for _, y, _ in batch.rows()))
     given = [counts, {s: torch.tensor(n) for s, n in counts.items()}]
-    if listed_as not in ("mixture", *NUMBER_LOSSES):
+    if listed_as != "mixture" and not of_numbers(listed_as):
         given += [counts["completion"], torch.tensor(float(counts["completion"]))]
     lines = len(batch.labels)
     for sizes, count in itertools.product(([1] * lines, [1, lines - 1]), given):
