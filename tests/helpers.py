@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from naive import COUNTS, NAIVE
+from naive import COUNTS, NAIVE, REFERENCE
 
 from axolotl_cvloss.losses import registry
 
@@ -52,7 +52,15 @@ class Batch:
     inputs: dict = field(default_factory=dict)  # position_ids, attention_mask, input_ids, shift
 
     def result(self, objective, logits=None, **more):
-        return objective.from_logits(self.logits if logits is None else logits, self.labels, **self.inputs, **more)
+        inputs = dict(self.inputs)
+        if objective.needs_reference:
+            inputs["reference_logps"] = self.reference_logps()
+        return objective.from_logits(self.logits if logits is None else logits, self.labels, **inputs, **more)
+
+    def reference_logps(self):
+        """Of each token as ``naive.REFERENCE`` has it; also of those without a label, where the tokens are known."""
+        tokens = self.labels.where(self.labels != IGNORE, self.inputs.get("input_ids", torch.zeros_like(self.labels)))
+        return torch.tensor(REFERENCE, dtype=torch.float64).log()[tokens.long()]
 
     def to(self, dtype):
         return replace(self, logits=self.logits.to(dtype))

@@ -88,7 +88,8 @@ def counting(function, calls):
 
 def values(name, logits, labels, position_ids):
     logits = logits.detach().requires_grad_()
-    loss = Objective.from_config(name).from_logits(logits, labels, shift=False, position_ids=position_ids).loss
+    inputs = {"shift": False, "position_ids": position_ids, "reference_logps": torch.zeros_like(logits[..., 0])}
+    loss = Objective.from_config(name).from_logits(logits, labels, **inputs).loss
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 

@@ -11,6 +11,7 @@ from naive import NAIVE
 
 from axolotl_cvloss import Objective, available_losses, register_loss
 from axolotl_cvloss.losses import row
+from axolotl_cvloss.losses.registry import get_loss
 from axolotl_cvloss.objective.config import ConfigError
 
 
@@ -219,3 +220,82 @@ def test_unlikelihood_of_an_impossible_token_is_0_and_of_a_certain_one_finite():
     value, gradient = evaluate("unlikelihood", logits[:1], torch.tensor([0]))
     assert 80 < value < 100
     assert gradient.isfinite().all()
+
+
+def with_reference(key, reference_logps, logits=None):
+    leaf = (some_logits() if logits is None else logits).clone().requires_grad_()
+    result = Objective.from_config(key).from_logits(leaf, LABELS, shift=False, reference_logps=reference_logps)
+    return result.loss.detach(), torch.autograd.grad(result.loss, leaf)[0]
+
+
+def own_logps():
+    """Of the targets, under the model itself."""
+    return some_logits().log_softmax(1)[torch.arange(6), LABELS]
+
+
+def test_what_a_reference_changes_is_nothing_where_it_is_the_model_itself():
+    for one, other in (("anchored", "dft"), ("prior_weighted", "dft"), ("importance_weighted", "cross_entropy")):
+        value, gradient = with_reference(one, own_logps())
+        wanted, wanted_gradient = on_some_rows(other)
+        torch.testing.assert_close(value, wanted)
+        torch.testing.assert_close(gradient, wanted_gradient)
+
+
+def test_prior_weighted_by_a_reference_that_is_sure_is_cross_entropy():
+    torch.testing.assert_close(with_reference("prior_weighted", torch.zeros(6)), on_some_rows("cross_entropy"))
+
+
+def test_anchored_without_coefficient_is_dft():
+    torch.testing.assert_close(
+        with_reference({"anchored": {"coefficient": 0.0}}, -torch.rand(6, generator=torch.Generator().manual_seed(0))),
+        on_some_rows("dft"),
+    )
+
+
+def test_the_anchor_has_the_derivative_1_minus_the_ratio_in_log_p():
+    reference = torch.linspace(-5, -0.01, 6, dtype=torch.float64)
+    anchored = get_loss("anchored").function
+    logp = own_logps().requires_grad_()
+    value = anchored(logp, reference, coefficient=1.0) - anchored(logp, reference, coefficient=0.0)
+    (slope,) = torch.autograd.grad(value.sum(), logp)
+    torch.testing.assert_close(slope, 1 - (reference - logp.detach()).exp())
+
+
+def test_importance_weighted_weighs_each_document_by_its_mean_ratio_up_to_the_cap():
+    """Packed: three documents of two rows, half, twice and a hundred times as likely as under the reference."""
+    ratios = torch.tensor([0.5, 2.0, 100.0], dtype=torch.float64)
+    reference = own_logps() - ratios.log().repeat_interleave(2) + torch.tensor([0.3, -0.3]).repeat(3)
+    positions = torch.tensor([[0, 1] * 3])
+    leaf = some_logits()[None].requires_grad_()
+    given = {"shift": False, "position_ids": positions, "reference_logps": reference[None]}
+    result = Objective.from_config("importance_weighted").from_logits(leaf, LABELS[None], **given)
+    weights = torch.tensor([0.5, 2.0, 16.0], dtype=torch.float64).repeat_interleave(2)
+    torch.testing.assert_close(result.loss.detach(), -(weights * own_logps()).mean())
+    wanted = torch.autograd.grad(-(weights * leaf.log_softmax(2)[0, torch.arange(6), LABELS]).mean(), leaf)[0]
+    torch.testing.assert_close(torch.autograd.grad(result.loss, leaf)[0], wanted)
+
+
+@pytest.mark.parametrize("name", ["anchored", "prior_weighted", "importance_weighted"])
+def test_a_loss_without_its_reference_says_so(name):
+    with pytest.raises(ValueError, match=f"1 {name} needs reference_logps beside the labels"):
+        on_some_rows(name)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (6, 1), (12,)])
+def test_a_reference_of_another_shape_says_so(shape):
+    with pytest.raises(ValueError, match=r"cv_loss.reference_logps: of shape .* expected \(1, 6\), one a token"):
+        with_reference("prior_weighted", torch.zeros(shape))
+
+
+def test_the_number_of_a_token_counts_for_the_row_that_predicts_it():
+    """With the shift, and the tokens of the prompt where a term looks at these too."""
+    logits = torch.randn(1, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[3, 1, 4, 2]])
+    labels = tokens.clone()
+    labels[0, 1] = -100
+    p = torch.tensor([[0.9, 0.5, 0.25, 0.125]], dtype=torch.float64)
+    logp = logits.log_softmax(2)[0, torch.arange(3), tokens[0, 1:]]
+    for scope, rows in (("completion", [1, 2]), ("sequence", [0, 1, 2])):
+        objective = Objective.from_config({"prior_weighted": {"scope": scope}})
+        result = objective.from_logits(logits, labels, input_ids=tokens, reference_logps=p.log())
+        torch.testing.assert_close(result.loss, -(p[0, 1:] * logp)[rows].mean())

@@ -72,6 +72,19 @@ BY_HAND = {
             (math.log(4) - 0.5 * (math.log(4) / 4 + 0.75 * math.log(4 / 3)) + math.log(2) - 0.5 * math.log(2)) / 2,
         )
     ],
+    # p_ref 1/2 and 1/4: -p log p and k3 with e^r = 2 and 1/2
+    "anchored": [
+        (
+            {"coefficient": 3.0, "reference": [0.5, 0.25]},
+            (math.log(4) / 4 + 3 * (1 - math.log(2)) + math.log(2) / 2 + 3 * (math.log(2) - 1 / 2)) / 2,
+        )
+    ],
+    "prior_weighted": [({"reference": [0.5, 0.25]}, (math.log(4) / 2 + math.log(2) / 4) / 2)],
+    # The product of p is 1/8, that of p_ref 1/32: the weight is sqrt(4).
+    "importance_weighted": [
+        ({"reference": [0.125, 0.25]}, 2 * (math.log(4) + math.log(2)) / 2),
+        ({"reference": [0.125, 0.25], "cap": 1.5}, 1.5 * (math.log(4) + math.log(2)) / 2),
+    ],
     "dft": [({}, (math.log(4) / 4 + math.log(2) / 2) / 2)],
     "thresholded": [
         ({"threshold": 0.3}, math.log(2) / 2),
@@ -159,11 +172,13 @@ def test_number_token_gaussian_by_hand():
 
 
 DETACHED = {
+    "anchored",
     "deft",
     "dft",
     "entropy_adaptive",
     "gem",
     "idft",
+    "importance_weighted",
     "tofu",
 }  # their gradient is not that of their value, on purpose
 

@@ -54,12 +54,12 @@ def built_in() -> dict[str, list[Loss]]:
 def readme(text: str) -> str:
     """The README with a new table of losses."""
     before, after = text.split(START)[0], text.split(END)[1]
-    rows = [("key", "what it is", "family")]
+    rows = [("key", "what it is")]
     for family, losses in built_in().items():
         page = f"{PAGES.relative_to(REPOSITORY)}/{family}.md"
         for loss in losses:
             first = re.split(r"[;:] |\. ", described(loss)["summary"])[0].rstrip(".")
-            rows.append((f"[`{loss.name}`]({page}#{loss.name})", first, f"[{family}]({page})"))
+            rows.append((f"[`{loss.name}`]({page}#{loss.name})", first))
     return f"{before}{START}\n{table(rows)}\n{END}{after}"
 
 

@@ -55,7 +55,8 @@ def look(loss: Loss, parameters: Mapping[str, Any]) -> Look:
 
     def at(p: Tensor) -> tuple[Tensor, Tensor]:
         leaf = logits(p).requires_grad_()
-        value = objective.from_logits(leaf, LABELS, shift=False).loss
+        # The reference model of losses that need one is the answer as it is made.
+        value = objective.from_logits(leaf, LABELS, shift=False, reference_logps=P.log()).loss
         return value.detach(), -torch.autograd.grad(value, leaf)[0]
 
     values, pulls = zip(*(at(p) for p in GRID), strict=True)

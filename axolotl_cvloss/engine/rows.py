@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+REFERENCE = "reference_logp"  # a statistic that comes with a batch
 
 
 class Filter(Protocol):
@@ -46,6 +47,7 @@ class Rows:
     documents: (N,) number of its document; not decreasing.
     scopes: for each selector, (N,) bool, whether the row belongs to it.
     weights: (N,) what the values of a row are multiplied by, or None: all alike.
+    given: by the name of a statistic, (N,) numbers of each row's target that came with the batch.
     aligned: (B, T) all labels, in line with the rows of logits, as the paper's code has them.
     shifted: whether that took a shift.
     """
@@ -55,6 +57,7 @@ class Rows:
     documents: Tensor
     scopes: dict[Selector, Tensor]
     weights: Tensor | None
+    given: dict[str, Tensor]
     aligned: Tensor
     shifted: bool
 
@@ -70,6 +73,7 @@ class Rows:
             documents=self.documents[:count],
             scopes={selector: mask[:count] for selector, mask in self.scopes.items()},
             weights=None if self.weights is None else self.weights[:count],
+            given={name: values[:count] for name, values in self.given.items()},
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
@@ -107,6 +111,7 @@ def select_rows(
     input_ids: Tensor | None = None,
     selectors: Sequence[Selector] = (COMPLETION,),
     example_weights: Tensor | None = None,
+    reference_logps: Tensor | None = None,
 ) -> Rows:
     """The rows of a batch that some selectors name, in main memory.
 
@@ -119,6 +124,7 @@ def select_rows(
             used too.
         input_ids: (B, T), what the model was given (never shifted), for the scope ``sequence`` and for filters.
         example_weights: (B,), one an example, or one a token in the shape of the labels.
+        reference_logps: In the shape of the labels, log p of each of these tokens under a reference model.
     """
     given = in_main_memory(
         labels=labels,
@@ -126,9 +132,10 @@ def select_rows(
         attention_mask=attention_mask,
         input_ids=input_ids if any(s.scope == "sequence" or s.filters for s in selectors) else None,
         example_weights=example_weights,
+        reference_logps=reference_logps,
     )
     labels = torch.atleast_2d(given["labels"]).long()
-    position_ids, attention_mask, input_ids, example_weights = (given[n] for n in list(given)[1:])
+    position_ids, attention_mask, input_ids, example_weights, reference_logps = (given[n] for n in list(given)[1:])
     if attention_mask is not None:
         attention_mask = torch.atleast_2d(attention_mask)
     documents = _documents(labels, position_ids, attention_mask)
@@ -164,9 +171,20 @@ def select_rows(
         documents=of_rows.flatten()[index],
         scopes={selector: masks[selector].flatten()[index] for selector in selectors},
         weights=None if example_weights is None else _row_weights(example_weights, labels, shift).flatten()[index],
+        given={} if reference_logps is None else {REFERENCE: _of_targets(reference_logps, labels, shift)[index]},
         aligned=aligned_labels(labels, shift),
         shifted=shift,
     )
+
+
+def _of_targets(logps: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """(B * T,), for each row the number of the token that it predicts."""
+    logps = torch.atleast_2d(logps)
+    if logps.shape != labels.shape:
+        raise ValueError(
+            f"cv_loss.reference_logps: of shape {tuple(logps.shape)}; expected {tuple(labels.shape)}, one a token"
+        )
+    return (logps.roll(-1, dims=1) if shift else logps).flatten()
 
 
 def _row_weights(weights: Tensor, labels: Tensor, shift: bool) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from .family import Family
-from .rows import COMPLETION, Selector
+from .rows import COMPLETION, REFERENCE, Selector
 from .statistics import Key
 from .vocabulary import COUNTED
 
@@ -46,9 +46,13 @@ class Loss:
         return any(name in COUNTED for name in self.statistics)
 
     @property
+    def needs_reference(self) -> bool:
+        return REFERENCE in self.statistics
+
+    @property
     def needs_more(self) -> bool:
-        """Whether logits and labels are not enough, but a tokenizer or the counts of labels are needed too."""
-        return self.kind.informed is not None or self.needs_label_counts
+        """Whether logits and labels are not enough, but a tokenizer, the counts of labels or a reference is needed."""
+        return self.kind.informed is not None or self.needs_label_counts or self.needs_reference
 
     @property
     def built_in(self) -> bool:

@@ -298,6 +298,42 @@ def weighted_cross_entropy(logp: Tensor, scarcity: Tensor, power: NonNegative = 
     return -(scarcity**power).clamp_max(cap) * logp
 
 
+def anchored(logp: Tensor, reference_logp: Tensor, coefficient: NonNegative = 0.1) -> Tensor:
+    """dft, with a pull back to a reference model: an estimate of the KL divergence from the reference, on the target.
+
+    The gradient of the pull in log p is coefficient (1 - p_ref / p). The source has the divergence over the whole
+    vocabulary, which the reference's log-probabilities of the targets alone do not tell.
+
+    Formula: -sg(p) log p + coefficient (e^r - 1 - r), r = clamp(log p_ref - log p, -20, 20), sg without gradient
+    Source: Anchored Supervised Fine-Tuning (ASFT), 2025, arXiv:2509.23753; the estimate k3 is Schulman's
+    Helps: as dft, with less drift from the base model; its authors' experiments, with the whole divergence.
+    Hurts: where much is new to the model, as dft; and where the model comes to believe a token far less than the
+        reference does, e^r makes the gradient large.
+
+    Args:
+        logp: (N,), log p of the target.
+        reference_logp: (N,), the same under the reference model.
+        coefficient: Of the pull; 0 is dft.
+    """
+    r = (reference_logp - logp).clamp(-20, 20)
+    return dft(logp) + coefficient * (r.expm1() - r)
+
+
+def prior_weighted(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """Cross-entropy with the probability that a reference model gives the target as weight: dft with a fixed weight.
+
+    Formula: -p_ref log p
+    Source: PriFT, 2026, arXiv:2606.09396
+    Helps: as dft, and the weights do not follow the model that trains; its authors' experiments.
+    Hurts: where much is new to the reference, as those tokens are hardly learnt, however long the training.
+
+    Args:
+        logp: (N,), log p of the target.
+        reference_logp: (N,), the same under the reference model.
+    """
+    return -reference_logp.exp() * logp
+
+
 def _tiny(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny
 
@@ -310,6 +346,8 @@ def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
     register("self_adjusting_dice", family="token", reference=reference.self_adjusting_dice)(self_adjusting_dice)
     for function in (poly, gce, encouraging, dft, z_regularized, ldam, weighted_cross_entropy):
         register(function.__name__, family="token")(function)
+    register("anchored", family="token")(anchored)
+    register("prior_weighted", family="token")(prior_weighted)
     register("thresholded", family="token")(thresholded)
     register("unlikelihood", family="token")(unlikelihood)
     register("brier", family="token")(brier)

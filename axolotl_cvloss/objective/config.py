@@ -194,7 +194,7 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
     if not isinstance(name, str) or name not in losses:
         what = "names no loss" if name is None else f"unknown loss {_show(name)}"
         also = [field for field in CVLossConfig.model_fields if where == f"{KEY}.{_word(name)}"]
-        hint = nearest(_word(name), [*losses, *also])
+        hint = "" if name is None else nearest(_word(name), [*losses, *also])
         problems.append(f"{where}: {what}; {hint}allowed: {', '.join(losses)}")
         return None
     loss = losses[name]

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..engine.batch import Batch
 from ..engine.families.paper import as_in_the_paper
 from ..engine.passes import Outcome, compute
-from ..engine.rows import COMPLETION, Goldfish, Rows, Selector, select_rows
+from ..engine.rows import COMPLETION, REFERENCE, Goldfish, Rows, Selector, select_rows
 from ..engine.sets import SetCounts
 from ..engine.sources import Head, LogitSource, RandomState, TensorSource, device_of, head_source
 from ..engine.terms import Term
@@ -62,6 +62,8 @@ class BatchInputs(TypedDict, total=False):
     position_ids: (B, T); tell packed documents apart, as they restart at each.
     attention_mask: (B, T); 0 is padding; only ``scope: sequence`` and numbered documents need it.
     input_ids: (B, T); only ``scope: sequence`` and goldfish need them.
+    reference_logps: In the shape of the labels; log p of each of these tokens under a reference model, for losses that
+        need it. Of tokens that are not trained any number will do.
     example_weights: (B,), or (B, T) where a row has several documents; the values of an example's rows, or of its sets,
         are multiplied by them. What they are divided by stays the number of rows. The NLL is not weighted.
     num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step: the trained
@@ -73,6 +75,7 @@ class BatchInputs(TypedDict, total=False):
     attention_mask: Tensor | None
     input_ids: Tensor | None
     example_weights: Tensor | None
+    reference_logps: Tensor | None
     num_items_in_batch: Counts
 
 
@@ -147,6 +150,10 @@ class Objective:
     @property
     def needs_label_counts(self) -> bool:
         return self.label_counts is None and any(term.loss.needs_label_counts for term in self.terms)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(term.loss.needs_reference for term in self.terms)
 
     def select_rows(self, labels: Tensor, **inputs: Any) -> Rows:
         """The rows that the terms look at, in main memory; keywords as those of ``rows.select_rows``.
@@ -247,6 +254,8 @@ class Objective:
         sample: bool,
     ) -> ObjectiveResult:
         """``source_of`` makes the source of some rows of the batch, whose places it gets in main memory."""
+        if self.needs_reference and REFERENCE not in rows.given:
+            raise ValueError(f"{KEY}: {self} needs reference_logps beside the labels: log p under a reference model")
         source = source_of(rows.index)
         _check_labels(rows.labels, source.vocab_size)
         terms = [term.at(progress) for term in self.terms]
@@ -269,11 +278,12 @@ class Objective:
 
     def _known(self, batch: Batch) -> dict[str, Tensor]:
         if self.label_counts is None:
-            return {}
+            return batch.rows.given
         # In float64 as far as here, which not every device has.
         found = counted(self.label_counts, batch.host.labels)
         device = batch.rows.labels.device
-        return {name: x.to(batch.dtype).to(device, non_blocking=True) for name, x in found.items()}
+        moved = {name: x.to(batch.dtype).to(device, non_blocking=True) for name, x in found.items()}
+        return {**moved, **batch.rows.given}
 
     def _sampled(
         self, source_of: Callable[[Tensor], LogitSource], terms: Sequence[Term], batch: Batch

@@ -38,6 +38,8 @@ VARIANTS = {
     "thresholded": [{"threshold": 0.05, "keep": "below"}],
     "tofu": [{"gamma": 0.5, "temperature": 2.0}, {"gamma": 0.0}],
     "sed": [{"coefficient": 0.5, "k": 3, "threshold": 0.7}, {"threshold": 2.0}],
+    "anchored": [{"coefficient": 2.0}],
+    "importance_weighted": [{"cap": 0.5}],
     "idft": [{"beta": 5.0, "low": 0.0, "high": 0.5}],
     "number_token_wasserstein": [],  # their one parameter says which rows they look at, and has a test of its own
     "number_token_mse": [],
@@ -58,6 +60,10 @@ DETACHED = [
     "tofu gamma=0.5 temperature=2.0",
     "idft",
     "idft beta=5.0 low=0.0 high=0.5",
+    "anchored",
+    "anchored coefficient=2.0",
+    "importance_weighted",
+    "importance_weighted cap=0.5",
 ]
 # A certain and right prediction is not their minimum, and by their formula it need not be.
 PERFECT_IS_NOT_BEST = [
@@ -79,6 +85,8 @@ PERFECT_IS_NOT_BEST = [
     "thresholded",  # a token that is left out has the value 0
     "thresholded threshold=0.05 keep=below",
     "unlikelihood",
+    "anchored",  # which asks for the probability that the reference gives
+    "anchored coefficient=2.0",
     "number_token_gaussian",  # a part of the probability is meant for other numbers
     "number_token_gaussian sigma=4.0",
     "a_row_loss",
@@ -123,6 +131,7 @@ REPRESENTATIVES = [
     "tofu",
     "sed",
     "idft",
+    "anchored",
     "squentropy",
     "entropy_adaptive",
     "dice",
@@ -131,6 +140,7 @@ REPRESENTATIVES = [
     "lovasz",
     "topk_cross_entropy",
     "direct_coverage",
+    "importance_weighted",
     "number_token_wasserstein",
     "number_token_mse",
     "number_token_gaussian sigma=4.0",

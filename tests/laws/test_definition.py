@@ -4,7 +4,7 @@ from inspect import signature
 
 import pytest
 import torch
-from helpers import BATCHES, IGNORE, make_batch
+from helpers import BATCHES, IGNORE, Batch, make_batch
 from listed import (
     DETACHED,
     FAMILIES,
@@ -90,7 +90,7 @@ def test_gradient_is_that_of_the_value(listed_as):
     for grouping in groupings(listed_as):
         one = objective(term(listed_as, **grouping))
         torch.autograd.gradcheck(
-            lambda z: Recomputed.apply(z, lambda x: one.from_logits(x, labels, shift=False).loss),  # noqa: B023
+            lambda z: Recomputed.apply(z, lambda x: Batch(x, labels, None, {"shift": False}).result(one).loss),  # noqa: B023
             (logits.requires_grad_(),),
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..family import Family, SetPart, of_each_set
+from ..rows import REFERENCE
 from ..sets import Sets
 from ..terms import Term
 
@@ -18,7 +19,10 @@ class DocumentPart(SetPart):
             self.batch.sets(term)
 
     def values(self, term: Term, sets: Sets, logp: Tensor) -> Tensor:
-        return of_each_set(term, sets, {}, {"logp": sets.of_rows(logp)}, a_class=False)
+        by_row = {"logp": sets.of_rows(logp)}
+        if term.needs(REFERENCE):
+            by_row[REFERENCE] = sets.of_rows(self.batch.statistics[REFERENCE])
+        return of_each_set(term, sets, {}, by_row, a_class=False)
 
 
 DOCUMENT = Family(
@@ -27,6 +31,7 @@ DOCUMENT = Family(
     cost="two visits, frozen head: one",
     statistics={
         "logp": "(n,) log-probability of the target of each row of one set",
+        REFERENCE: "(n,) the same under a reference model; no gradient",
         "rows": "the rows of all sets: sum(x) and mean(x) of (n,) over those of each set, (S,)",
     },
     per_set=True,

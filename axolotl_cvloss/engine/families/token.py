@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..family import Family, Part
+from ..rows import REFERENCE
 from ..statistics import STATISTICS
 from ..vocabulary import COUNTED
 
@@ -29,6 +30,7 @@ TOKEN = Family(
         "lse": "(N,) logsumexp of each row's logits",
         **{name: statistic.words for name, statistic in STATISTICS.items()},
         **COUNTED,
+        REFERENCE: "(N,) log-probability of each row's target under a reference model; no gradient",
     },
     pointwise=True,
     part=TokenPart,
