@@ -3,11 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 LATEST := .venv-trl-latest
+# What runs on a GPU takes .venv where it is, and else what the machine has: make PYTHON=...
+OR_MACHINES := $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 # Threads wait without spinning. Where other programs use the cores too, small models train several times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes lint docs bench bench-gpu clean
+.PHONY: help demo test test-all test-hosts test-trl-latest test-configs test-classes test-gpu lint docs bench bench-gpu clean
 
 help:  ## the targets
 	@grep -hE "^[a-z-]+:.*## " $(MAKEFILE_LIST) | sed -E "s/^([a-z-]+):[^#]*## /  \1\t/" | expand -t 20
@@ -52,6 +54,13 @@ test-configs: $(INSTALLED)  ## the example configs of the installed Axolotl, fro
 test-classes: $(INSTALLED)  ## every class of language models in transformers, in tiny form
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/classes.py
 
+# DEVICE=pretended: on a device that is none, made of the CPU, where operations on tensors of two devices fail too.
+test-gpu: DEVICE ?= cuda
+test-gpu:  ## the tests of the engine, with their tensors on a CUDA device
+	TEST_DEVICE=$(DEVICE) $(OR_MACHINES) -m pytest -m "not slow and not matrix" tests/laws tests/test_diagnostics.py \
+	  tests/test_families.py tests/test_fused.py tests/test_heads.py tests/test_kernels.py tests/test_losses.py \
+	  tests/test_precision.py tests/test_sample.py tests/test_statistics.py
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,9 +72,8 @@ docs: $(INSTALLED)  ## the pages of docs/ as a site with search, docs/_build/ind
 bench: $(INSTALLED)  ## seconds and memory of the losses
 	$(BIN)/python benchmarks/loss_cost.py
 
-# A bare GPU machine has no .venv: PYTHON=python3 with PyTorch, Triton and transformers is enough.
 bench-gpu:  ## seconds and memory of heads on a CUDA device, beside others' losses: benchmarks/results/gpu.csv
-	$(PYTHON) benchmarks/gpu.py
+	$(OR_MACHINES) benchmarks/gpu.py
 
 clean:  ## what the targets above leave behind, but for .venv
 	rm -rf demo-output outputs last_run_prepared build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

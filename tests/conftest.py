@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Where the tensors of tests of the engine are: cpu, cuda, or pretended.
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+
 for name, value in {
     "HF_HUB_OFFLINE": "1",  # nothing here may need the network
     "AXOLOTL_DO_NOT_TRACK": "1",
@@ -12,9 +15,29 @@ for name, value in {
     "OMP_NUM_THREADS": "1",  # the workers of pytest-xdist share the cores
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
-    "TRITON_INTERPRET": "1",  # kernels are Python here; Triton reads it once, when it is imported
+    # Without a GPU kernels are Python; Triton reads it once, when it is imported.
+    "TRITON_INTERPRET": str(int(not DEVICE.startswith("cuda"))),
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # products on a GPU that are the same at every run
 }.items():
     os.environ.setdefault(name, value)
+
+if DEVICE != "cpu":  # before any module makes a tensor
+    from placed import place, without
+
+    MISSING = without(DEVICE)
+    if not MISSING:
+        place(DEVICE)
+
+
+def pytest_configure():
+    if DEVICE != "cpu" and MISSING:
+        raise pytest.UsageError(f"TEST_DEVICE={DEVICE}: {MISSING}")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items if DEVICE == "pretended" else ():
+        if "autocast" in item.name or "without_gradients" in item.name:
+            item.add_marker(pytest.mark.skip(reason="the pretended device knows no autocast and no inference mode"))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from naive import COUNTS, NAIVE, REFERENCE
 from axolotl_cvloss.losses import registry
 
 IGNORE = -100
+DEVICE = torch.zeros(()).device  # where tensors of tests are; see conftest.py
 HOSTS_PAGE = Path(__file__).parents[1] / "docs" / "hosts.md"
 
 

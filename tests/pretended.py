@@ -5,6 +5,7 @@ they are like Apple's GPUs. What they compute is what the CPU computes.
 """
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -83,13 +84,17 @@ class Accelerators(TorchDispatchMode):
         devices |= {x.device for x in tensors if isinstance(x, Elsewhere)}
         if len(devices) > 1 and func not in MOVES:
             raise RuntimeError(f"{func} on tensors of several devices: {', '.join(sorted(map(str, devices)))}")
-        device = tensors[0].device if func in MOVES else next(iter(devices), torch.device("cpu"))
+        device = tensors[0].device if func in MOVES and tensors else next(iter(devices), torch.device("cpu"))
         if kwargs.get("device") is not None:
             device, kwargs["device"] = torch.device(kwargs["device"]), "cpu"
         own = {id(x.inner): x for x in tensors if isinstance(x, Elsewhere)}  # results in place
+        outer = args, kwargs
         args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
         with _disable_current_modes():
             result = func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags and own:  # such as squeeze_: another shape of the same tensor
+            with no_dispatch():
+                func(*outer[0], **outer[1])
 
         def placed(x):
             if not isinstance(x, torch.Tensor) or device.type == "cpu" or id(x) in own:
@@ -104,3 +109,31 @@ class Accelerators(TorchDispatchMode):
 MODULE = Module()
 _setup_privateuseone_for_python_backend(NAME, MODULE)
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) asks the mode, too
+
+
+class Launched:
+    """A kernel of Triton, launched on what is inside of tensors, in Triton's interpreter. Nothing waits for it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            with _disable_current_modes():
+                self.kernel[grid](*(x.inner if isinstance(x, Elsewhere) else x for x in args), **kwargs)
+
+        return launch
+
+
+def known_to_the_engine():
+    """Its kernels run on these tensors, and a linear head that consists of them is no stranger's."""
+    from importlib.util import find_spec
+
+    from axolotl_cvloss.engine import sources
+
+    sources.is_linear = lambda head: type(head).forward is torch.nn.Linear.forward
+    if find_spec("triton"):
+        from axolotl_cvloss.engine import kernels
+
+        for name in ("collect_kernel", "pull_kernel"):
+            setattr(kernels, name, Launched(getattr(kernels, name)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCHES, VOCAB, make_batch
+from helpers import BATCHES, DEVICE, VOCAB, make_batch
 from torch import nn
 
 from axolotl_cvloss import Objective
@@ -32,7 +32,7 @@ def by_definition(batch, logits):
 
 @pytest.fixture(params=[1, 4, 1000], ids=lambda n: f"chunk{n}")
 def _chunk(request, monkeypatch):
-    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", request.param * VOCAB * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, request.param * VOCAB * 8)
 
 
 @pytest.mark.usefixtures("_chunk")

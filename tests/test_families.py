@@ -6,7 +6,7 @@ from functools import wraps
 import pytest
 import torch
 from family_of_margins import MARGIN, hinge
-from helpers import temporary_losses
+from helpers import DEVICE, temporary_losses
 
 from axolotl_cvloss import Objective, available_losses, register_loss
 from axolotl_cvloss.engine import batch as engine_batch
@@ -41,7 +41,7 @@ def tensors(seed=0):
 @pytest.mark.parametrize("others", [{}, {"cross_entropy": 0.3}, {"lovasz": 0.5, "confidence_penalty": 0.2}], ids=str)
 def test_a_family_that_the_package_does_not_know(others, rows, monkeypatch):
     """Beside families of one visit and of two, fused, in chunks: value and gradient are those of its formula."""
-    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", rows * V * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, rows * V * 8)
     hidden, weight, labels = tensors()
     objective = Objective.from_config({"hinge": {"weight": 0.4, "distance": 2.0}, **others})
     result = objective.from_hidden(hidden, weight, labels)

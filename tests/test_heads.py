@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import KNOWN
+from helpers import DEVICE, KNOWN
 from sampling import pairwise
 from torch import nn
 
@@ -43,7 +43,7 @@ def chunk(request, monkeypatch):
 
 
 def set_chunk(monkeypatch, rows):
-    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", rows * V * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, rows * V * 8)
 
 
 def batch(seed=0, trained=slice(5, None)):
@@ -157,7 +157,7 @@ def test_extreme_models(name, size, frozen):
 @pairwise(name=NAMES, dtype=DTYPES, frozen=[False, True])
 def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatch):
     """Against float64, a fused head loses no more than full logits of the same dtype do."""
-    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", 5 * V * 4)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, 5 * V * 4)
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = tensors(dtype)
     wanted = (True, not frozen, False)
@@ -236,7 +236,7 @@ def test_the_random_state_goes_on_as_if_the_head_had_been_called():
 def test_autocast_runs_the_products_in_its_dtype():
     objective, rows = Objective.from_config(OBJECTIVES["mix"]), batch()
     hidden, weight, _ = (t.float().requires_grad_() for t in tensors())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         low = objective.from_hidden(hidden, weight, **rows).loss
     low.backward()
     full = objective.from_hidden(hidden.detach(), weight.detach(), **rows).loss

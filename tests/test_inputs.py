@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DIGITS, KNOWN, NUMBER_LOSSES, Tokenizer, dropped_naive, make_batch
+from helpers import DEVICE, DIGITS, KNOWN, NUMBER_LOSSES, Tokenizer, dropped_naive, make_batch
 from naive import COUNTS, FORMS, NAIVE, NUMBERS
 
 from axolotl_cvloss import Objective
@@ -63,7 +63,7 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("name", NUMBER_LOSSES)
 def test_number_losses(name, mix, source, chunk, monkeypatch):
-    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", chunk * 12 * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, chunk * 12 * 8)
     states, weight, labels = data()
     states.requires_grad_()
     weight.requires_grad_(source != "frozen")

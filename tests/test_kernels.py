@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import DEVICE
 
 pytest.importorskip("triton")
 from axolotl_cvloss.engine import kernels
@@ -168,14 +169,13 @@ def test_what_they_are_compiled_to(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_kernels_are_tried_before_they_are_trusted(dtype, monkeypatch):
-    cpu = torch.device("cpu")
-    assert kernels.trial.__wrapped__(cpu, dtype) == ""
+    assert kernels.trial.__wrapped__(DEVICE, dtype) == ""
     right = kernels.pull_
     monkeypatch.setattr(kernels, "pull_", lambda *given: right(*given) * 1.1)
-    assert kernels.trial.__wrapped__(cpu, dtype) == "they give other numbers than PyTorch on cpu"
+    assert kernels.trial.__wrapped__(DEVICE, dtype) == f"they give other numbers than PyTorch on {DEVICE}"
 
     def failing(*given):
         raise RuntimeError("no ptxas")
 
     monkeypatch.setattr(kernels, "collect", failing)
-    assert kernels.trial.__wrapped__(cpu, dtype) == "they do not run on cpu: no ptxas"
+    assert kernels.trial.__wrapped__(DEVICE, dtype) == f"they do not run on {DEVICE}: no ptxas"

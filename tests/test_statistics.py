@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import temporary_losses
+from helpers import DEVICE, temporary_losses
 
 from axolotl_cvloss import Objective, register_loss
 from axolotl_cvloss.engine import batch as engine_batch
@@ -59,7 +59,7 @@ def registered(name):
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_value_and_gradient(name, others, rows, monkeypatch):
     """Fused, in chunks, beside families of two visits and of autograd, with a trained head and with a frozen one."""
-    monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", rows * V * 8)
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, rows * V * 8)
     monkeypatch.setattr(statistics, "BLOCK_BYTES", V * 8)
     generator = torch.Generator().manual_seed(3)
     hidden, weight = (2 * torch.randn(s, H, generator=generator, dtype=torch.float64) for s in (N, V))

@@ -1,7 +1,7 @@
 """No worse than plain PyTorch on the same logits taken to float32."""
 
 import torch
-from helpers import make_batch, naive_loss
+from helpers import DEVICE, make_batch, naive_loss
 from listed import MIXTURE, each_loss, evaluate, naive, term
 
 # Beyond what the naive version loses itself: a factor, and so many units in the last place of the largest entry.
@@ -37,7 +37,7 @@ def test_float64_stays_float64(listed_as):
 def test_autocast_changes_nothing():
     batch = make_batch("padded").to(torch.float32)
     wanted, wanted_gradient = evaluate(batch, *MIXTURE)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         result, gradient = evaluate(batch, *MIXTURE)
     assert torch.equal(result.loss, wanted.loss)
     assert torch.equal(gradient, wanted_gradient)

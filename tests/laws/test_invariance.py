@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from helpers import BATCHES, IGNORE, VOCAB, Batch, make_batch
+from helpers import BATCHES, DEVICE, IGNORE, VOCAB, Batch, make_batch
 from listed import FAMILIES, MIXTURE, close, counted, each_family, each_loss, evaluate, groupings, objective, term
 
 from axolotl_cvloss.engine import batch as engine_batch
@@ -82,7 +82,7 @@ def test_the_size_of_a_chunk_changes_nothing(listed_as, monkeypatch):
         n = len(batch.rows("sequence" if listed_as == "mixture" else "completion"))
         found = []
         for rows in (1, 5, n - 1, n, n + 100):
-            monkeypatch.setitem(engine_batch.CHUNK_BYTES, "cpu", rows * VOCAB * 8)
+            monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, rows * VOCAB * 8)
             result, gradient = evaluate(batch, *terms)
             found.append((result.loss, gradient, result.nll))
         for other in found[:-1]:
