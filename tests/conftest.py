@@ -40,6 +40,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="the pretended device knows no autocast and no inference mode"))
 
 
+@pytest.fixture
+def kernels_on(monkeypatch):
+    """The kernels are behind the terms, in Triton's interpreter where there is no GPU; a test that uses none fails."""
+    pytest.importorskip("triton")
+    from axolotl_cvloss.engine import kernels, views
+
+    launched, collect = [], kernels.collect
+    monkeypatch.setenv(views.ENVIRONMENT, "on")
+    monkeypatch.setattr(kernels, "collect", lambda *args: launched.append(args) or collect(*args))
+    yield
+    assert launched
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Values and gradients of the paper's code by name, in float64; see golden/README.md."""

@@ -87,6 +87,33 @@ def test_bf16_loses_no_more_than_in_pytorch(kernels_on, monkeypatch, key):
         assert (gradient - right).abs().max() <= 3 * lost
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="auto are the kernels there")
+@pytest.mark.parametrize(("key", "trained"), [(key, i % 2 == 0) for i, key in enumerate(KEYS)])
+def test_off_a_gpu_the_bits_are_those_without_the_kernels(monkeypatch, key, trained):
+    """By default, at every run, and after a run with the kernels."""
+    found = []
+    for wish in ("off", "off", "auto", "on", "off", "auto"):
+        monkeypatch.setenv(views.ENVIRONMENT, wish)
+        result, gradients = evaluate(KEYS[key], inputs(torch.float32, trained=trained), torch.float32, 1.0, None)
+        if wish != "on":
+            found.append([result.loss, result.nll, *result.terms.values(), *result.diagnostics.values(), *gradients])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("wish", ["off", "on"])
+def test_the_value_of_a_term_is_the_same_to_the_bit_whatever_stands_beside_it(monkeypatch, wish):
+    monkeypatch.setenv(views.ENVIRONMENT, wish)
+    beside = {name: parameters for key in KEYS.values() for name, parameters in key.items()}
+    given = inputs(torch.float32)
+    together, _ = evaluate(beside, given, torch.float32, 1.0, None, diagnose=False)
+    assert len(together.terms) == len(beside) >= 8
+    for name, parameters in beside.items():
+        alone, _ = evaluate({name: parameters}, given, torch.float32, 1.0, None, diagnose=False)
+        assert torch.equal(alone.terms[name], together.terms[name]), name
+        assert torch.equal(alone.nll, together.nll)
+
+
 @pytest.mark.parametrize(
     ("wish", "key", "dtype", "reason"),
     [

@@ -34,6 +34,8 @@ SHAPES = {"plain": (1.0, None), "capped": (0.25, 3.0)}  # scale and cap of the l
 CHUNKS = {f"chunk{rows}": rows for rows in (1, 7, 33, 1000)}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = {"uniform": 0.0, "saturated": 30.0, "extreme": 1e4}
+# Of those that the kernels serve: every family and every source of columns.
+FUSED = ["smoothed", "everything", "topk_cross_entropy", "number_token_mse"]
 
 
 @pytest.fixture(params=CHUNKS.values(), ids=CHUNKS)
@@ -135,6 +137,15 @@ def unknown(name, logits, labels):
 
 @pairwise(name=NAMES, frozen=[False, True], size=SIZES)
 def test_extreme_models(name, size, frozen):
+    check_extreme_model(name, size, frozen)
+
+
+@pairwise(name=FUSED, frozen=[False, True], size=SIZES)
+def test_extreme_models_by_the_kernels(kernels_on, name, size, frozen):
+    check_extreme_model(name, size, frozen)
+
+
+def check_extreme_model(name, size, frozen):
     """Uniform probabilities, p = 1 to rounding, and logits of 1e4: finite, and as accurate as full logits."""
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = (t.float() for t in tensors(size=size**0.5))
@@ -156,8 +167,18 @@ def test_extreme_models(name, size, frozen):
 
 @pairwise(name=NAMES, dtype=DTYPES, frozen=[False, True])
 def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatch):
-    """Against float64, a fused head loses no more than full logits of the same dtype do."""
     monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, 5 * V * 4)
+    check_low_precision(name, dtype, frozen)
+
+
+@pairwise(name=FUSED, dtype=[torch.bfloat16, torch.float32], frozen=[False, True])
+def test_low_precision_by_the_kernels_is_as_good_as_plain_torch(kernels_on, name, dtype, frozen, monkeypatch):
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, 5 * V * 4)
+    check_low_precision(name, dtype, frozen)
+
+
+def check_low_precision(name, dtype, frozen):
+    """Against float64, a fused head loses no more than full logits of the same dtype do."""
     objective, rows = Objective.from_config(OBJECTIVES[name], **KNOWN), batch()
     hidden, weight, bias = tensors(dtype)
     wanted = (True, not frozen, False)
@@ -177,6 +198,15 @@ def test_low_precision_is_as_good_as_plain_torch(name, dtype, frozen, monkeypatc
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_confident_rows_keep_a_precise_gradient(frozen):
+    check_confident_rows(frozen)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_confident_rows_keep_a_precise_gradient_by_the_kernels(kernels_on, frozen):
+    check_confident_rows(frozen)
+
+
+def check_confident_rows(frozen):
     """Near p = 1 the gradient is a small difference of large numbers; it must not be lost in the products."""
     torch.manual_seed(0)
     weight = torch.randn(V, H)

@@ -19,19 +19,42 @@ OBJECTIVES = {
     **{name: name for name, loss in available_losses().items() if loss.built_in and name not in ABSOLUTE},
     "label smoothing": {"cross_entropy": {"weight": 1.0, "label_smoothing": 0.2}},
 }
+# A few of those that the kernels serve.
+FUSED = [
+    "cross_entropy",
+    "label smoothing",
+    "focal",
+    "generalized_dice",
+    "lovasz",
+    "topk_cross_entropy",
+    "number_token_mse",
+]
 
 
-def evaluate(key, logits, labels, **known):
+def evaluate(key, logits, labels, head=False, **known):
+    """``head``: the logits are the weight of a head under unit vectors, which the product leaves as they are."""
     leaf = logits.clone().requires_grad_()
     objective = Objective.from_config(key, **known)
     objective.diagnose = True
-    result = objective.from_logits(leaf, labels, shift=False)
+    if head:
+        result = objective.from_hidden(torch.eye(len(leaf)), leaf.T, labels, shift=False)
+    else:
+        result = objective.from_logits(leaf, labels, shift=False)
     return result, torch.autograd.grad(result.loss, leaf)[0]
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_common_offset_of_the_logits_costs_no_digit(name, offset):
+    check_offset(name, offset)
+
+
+@pytest.mark.parametrize(("name", "offset"), [(name, (-1e4, 1e4)[i % 2]) for i, name in enumerate(FUSED)])
+def test_a_common_offset_costs_the_kernels_no_digit(kernels_on, name, offset):
+    check_offset(name, offset, head=True)
+
+
+def check_offset(name, offset, head=False):
     """The logits are multiples of 2^-9, so that they have the same distances, exactly, around 1e4 and around 0."""
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(9, 12, generator=generator)).mul(512).round() / 512
@@ -39,7 +62,7 @@ def test_a_common_offset_of_the_logits_costs_no_digit(name, offset):
     moved = logits + offset
     assert torch.equal(moved - offset, logits)
     exact, exact_gradient = evaluate(OBJECTIVES[name], logits.double(), labels, **KNOWN)
-    found, gradient = evaluate(OBJECTIVES[name], moved, labels, **KNOWN)
+    found, gradient = evaluate(OBJECTIVES[name], moved, labels, head, **KNOWN)
     bound = 32 * EPS
     assert abs(found.loss - exact.loss) <= bound * (exact.loss.abs() + 1)
     assert (gradient - exact_gradient).abs().max() <= bound * (exact_gradient.abs().max() + 1e-3)
@@ -94,13 +117,16 @@ def test_losses_of_log_p_keep_their_digits(name):
     assert ((gradient - exact_gradient).abs() <= 32 * EPS * (exact_gradient.abs() + p * (1 - p))).all()
 
 
-def test_lovasz_of_a_large_vocabulary_keeps_its_digits():
+@pytest.mark.parametrize("head", [False, True], ids=["PyTorch", "kernels"])
+def test_lovasz_of_a_large_vocabulary_keeps_its_digits(head, request):
     """V = 300,000 and p near 1e-6; the derivative of 1 - p is p, which must not come out of a difference."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 300_000, generator=generator)
     labels = torch.tensor([5, 5, 7, 299_999, 8, 7])
     _, exact = evaluate("lovasz", logits.double(), labels)
-    _, gradient = evaluate("lovasz", logits, labels)
+    if head:
+        request.getfixturevalue("kernels_on")
+    _, gradient = evaluate("lovasz", logits, labels, head)
     rows = torch.arange(6)
     # A softmax of logits of about 5 and a sum over 3e5 of them: some tens of roundings.
     torch.testing.assert_close(gradient[rows, labels].double(), exact[rows, labels], rtol=64 * EPS, atol=0)

@@ -1,6 +1,7 @@
 """How often the host waits for a device; ``pretended`` devices tell, in a process of their own."""
 
 import multiprocessing
+import os
 import traceback
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import KNOWN
 
 from axolotl_cvloss import Objective
 from axolotl_cvloss.engine import batch as engine_batch
+from axolotl_cvloss.engine import sources, views
 
 V, H, B, T, ROWS = 37, 8, 2, 24, 10  # 46 rows with a label: 5 chunks
 CHUNKS = 5
@@ -43,11 +45,16 @@ def asks(func, args, kwargs, elsewhere):
     return isinstance(args[0], elsewhere) and (sized or name.startswith(("unique", "_unique"))) if args else False
 
 
-def waits(key, source):
-    """Where the host waited in one forward and backward pass: lines of ours, with the operation."""
+def waits(key, source, by="PyTorch"):
+    """Where the host waited in one forward and backward pass: lines of ours, with the operation. How many launches."""
     import pretended
 
     found = []
+    os.environ[views.ENVIRONMENT] = "off" if by == "PyTorch" else "on"
+    sources.LinearSource.at_once = lambda self: (ROWS, 1)
+    if by == "kernels":
+        pretended.known_to_the_engine()
+    pretended.Launched.count = 0
 
     class Counted(pretended.Accelerators):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -72,13 +79,24 @@ def waits(key, source):
         else:
             result = objective.from_hidden(given, weight, labels, position_ids=positions)
         result.loss.backward()
-    return found
+    return found, pretended.Launched.count
 
 
 @pytest.mark.parametrize("source", ["trained", "frozen", "logits"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_host_waits_for_the_labels_and_what_lovasz_keeps_alone(elsewhere, name, source):
     key, most = OBJECTIVES[name]
-    found = elsewhere(waits, (key, source))
+    found, _ = elsewhere(waits, (key, source))
     assert len(found) <= most, "\n".join(found)
     assert found  # the labels: so waiting is seen
+
+
+@pytest.mark.parametrize("source", ["trained", "frozen"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_it_waits_no_more_where_the_kernels_are(elsewhere, name, source):
+    pytest.importorskip("triton")
+    key, most = OBJECTIVES[name]
+    found, launched = elsewhere(waits, (key, source, "kernels"))
+    assert launched >= 2 * CHUNKS
+    assert len(found) <= most, "\n".join(found)
+    assert found
