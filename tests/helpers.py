@@ -95,13 +95,18 @@ class Batch:
 
 
 def naive_loss(batch, logits, terms):
-    """The weighted sum of the naive losses; terms as in the long form of the key."""
+    """The weighted sum of the naive losses; terms as in the long form of the key, but ``where`` is a column."""
     logits = logits.view(*torch.atleast_2d(batch.labels).shape, -1)
     total = logits.sum() * 0
     for term in terms:
-        fields = {"weight": 1.0, "scope": "completion", "per": "document", "goldfish": None, **term}
-        name, weight, scope, per, fish = (fields.pop(f) for f in ("loss", "weight", "scope", "per", "goldfish"))
+        fields = {"weight": 1.0, "scope": "completion", "per": "document", "goldfish": None, "where": None, **term}
+        own = ("loss", "weight", "scope", "per", "goldfish", "where")
+        name, weight, scope, per, fish, acts = (fields.pop(f) for f in own)
         rows = batch.rows(scope)
+        if acts is not None:
+            ahead = 1 if batch.inputs.get("shift", True) else 0
+            acts = torch.atleast_2d(acts)
+            rows = [((b, t), *rest) for (b, t), *rest in rows if acts[b, t + ahead] == 1]
         if fish:
             dropped = dropped_naive(batch.inputs["input_ids"], batch.documents, **fish)
             rows = [row for row in rows if not dropped[row[0]]]

@@ -167,7 +167,7 @@ def test_check_finds_what_is_wrong_with_the_key(checked):
     report = checked({**AXOLOTL, "cv_loss": {"focal": {"gama": 3}, "lovas": 1}})
     assert report["errors"] == [
         "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? "
-        "allowed: gamma, alpha, weight, scope, goldfish",
+        "allowed: gamma, alpha, weight, scope, goldfish, where",
         f"cv_loss.lovas: unknown loss 'lovas'; did you mean lovasz? allowed: {', '.join(available_losses())}",
     ]
     assert report["objective"] is report["cv_loss"] is None

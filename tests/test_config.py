@@ -227,12 +227,12 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         (
             {"focal": {"gama": 3}},
             "cv_loss.focal.gama: unknown parameter of focal; did you mean gamma? "
-            "allowed: gamma, alpha, weight, scope, goldfish",
+            "allowed: gamma, alpha, weight, scope, goldfish, where",
         ),
         (
             {"focal": {"wieght": 3}},
             "cv_loss.focal.wieght: unknown parameter of focal; did you mean weight? "
-            "allowed: gamma, alpha, weight, scope, goldfish",
+            "allowed: gamma, alpha, weight, scope, goldfish, where",
         ),
         ({"focal": {"scope": "prompt"}}, "cv_loss.focal.scope: must be one of completion, sequence, not 'prompt'"),
         ({"lovasz": {"per": "row"}}, "cv_loss.lovasz.per: must be one of document, batch, not 'row'"),

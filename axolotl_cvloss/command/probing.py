@@ -162,7 +162,7 @@ def probe(trainer: ObjectiveTrainer, batches: int, share: float | None = None) -
     uninstall(trainer.model)
 
     def own() -> None:
-        inputs = trainer._prepare_inputs({k: v for k, v in longest.items() if k != objective.config.example_weights})
+        inputs = trainer._prepare_inputs({k: v for k, v in longest.items() if k not in objective.config.columns})
         with trainer.compute_loss_context_manager():
             loss = model(**inputs).loss
         trainer.accelerator.backward(loss)

@@ -1,6 +1,6 @@
 """Which rows count: the causal shift, scopes, documents and masks. Nothing else in the package masks or shifts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Filter(Protocol):
 
 @dataclass(frozen=True)
 class Selector:
-    """Which rows a term looks at: those of a scope that all filters keep.
+    """Which rows a term looks at: those of a scope that all filters keep, and a column of 0 and 1 where one is named.
 
     The scope ``completion`` has the rows whose label is not -100; ``sequence`` has in addition every row whose next
     token is not padding, with that token of ``input_ids`` as its label. A row never predicts the first token of another
@@ -29,6 +29,7 @@ class Selector:
 
     scope: str = "completion"
     filters: tuple[Filter, ...] = ()
+    where: str | None = None
 
     def only(self, kept: Filter) -> "Selector":
         """With one more filter."""
@@ -112,6 +113,7 @@ def select_rows(
     selectors: Sequence[Selector] = (COMPLETION,),
     example_weights: Tensor | None = None,
     reference_logps: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
 ) -> Rows:
     """The rows of a batch that some selectors name, in main memory.
 
@@ -125,7 +127,14 @@ def select_rows(
         input_ids: (B, T), what the model was given (never shifted), for the scope ``sequence`` and for filters.
         example_weights: (B,), one an example, or one a token in the shape of the labels.
         reference_logps: In the shape of the labels, log p of each of these tokens under a reference model.
+        columns: Those that selectors name, by name; (B,), one an example, or one a token in the shape of the labels.
     """
+    acting = dict.fromkeys(s.where for s in selectors if s.where is not None)
+    if missing := [name for name in acting if name not in (columns or {})]:
+        raise ValueError(
+            f"cv_loss.where: the batch has no column {missing[0]}; give it in columns beside the labels: one number an "
+            "example, or one a token, 0 or 1"
+        )
     given = in_main_memory(
         labels=labels,
         position_ids=position_ids,
@@ -133,9 +142,12 @@ def select_rows(
         input_ids=input_ids if any(s.scope == "sequence" or s.filters for s in selectors) else None,
         example_weights=example_weights,
         reference_logps=reference_logps,
+        **{f"where: {name}": columns[name] for name in acting if columns},
     )
-    labels = torch.atleast_2d(given["labels"]).long()
-    position_ids, attention_mask, input_ids, example_weights, reference_logps = (given[n] for n in list(given)[1:])
+    labels = torch.atleast_2d(given.pop("labels")).long()
+    position_ids, attention_mask, input_ids = (given.pop(n) for n in ("position_ids", "attention_mask", "input_ids"))
+    numbers = {name: _of_rows(name, values, labels, shift) for name, values in given.items() if values is not None}
+    weights, logps = numbers.get("example_weights"), numbers.get("reference_logps")
     if attention_mask is not None:
         attention_mask = torch.atleast_2d(attention_mask)
     documents = _documents(labels, position_ids, attention_mask)
@@ -162,6 +174,8 @@ def select_rows(
     masks = {COMPLETION: completion, SEQUENCE: sequence}
     for selector in selectors:
         mask = masks[Selector(selector.scope)]
+        if selector.where is not None:
+            mask = mask & _acts(selector.where, numbers[f"where: {selector.where}"])
         for kept in selector.filters:
             mask = mask & kept(targets, input_ids, documents)
         masks[selector] = mask
@@ -170,36 +184,36 @@ def select_rows(
         labels=targets.flatten()[index],
         documents=of_rows.flatten()[index],
         scopes={selector: masks[selector].flatten()[index] for selector in selectors},
-        weights=None if example_weights is None else _row_weights(example_weights, labels, shift).flatten()[index],
-        given={} if reference_logps is None else {REFERENCE: _of_targets(reference_logps, labels, shift)[index]},
+        weights=None if weights is None else weights.flatten()[index],
+        given={} if logps is None else {REFERENCE: logps.flatten()[index]},
         aligned=aligned_labels(labels, shift),
         shifted=shift,
     )
 
 
-def _of_targets(logps: Tensor, labels: Tensor, shift: bool) -> Tensor:
-    """(B * T,), for each row the number of the token that it predicts."""
-    logps = torch.atleast_2d(logps)
-    if logps.shape != labels.shape:
-        raise ValueError(
-            f"cv_loss.reference_logps: of shape {tuple(logps.shape)}; expected {tuple(labels.shape)}, one a token"
-        )
-    return (logps.roll(-1, dims=1) if shift else logps).flatten()
-
-
-def _row_weights(weights: Tensor, labels: Tensor, shift: bool) -> Tensor:
-    """(B, T), for each row the weight of the token that it predicts."""
-    weights = weights.to(labels.device)
-    if weights.dim() == 1 and labels.shape == (1, len(weights)) and len(weights) > 1:
-        weights = weights[None]  # one a token, of labels that are (T,) as well
-    if weights.shape == labels.shape:
-        return weights.roll(-1, dims=1) if shift else weights
-    if weights.numel() == labels.shape[0] or weights.numel() == labels.shape[1] == labels.numel():
-        return weights.reshape(labels.shape[0], -1).expand_as(labels)
+def _of_rows(name: str, numbers: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """(B, T), for each row the number of the token that it predicts, or of its example."""
+    if numbers.dim() == 1 and labels.shape == (1, len(numbers)) and len(numbers) > 1:
+        numbers = numbers[None]  # one a token, of labels that are (T,) as well
+    if numbers.shape == labels.shape:
+        return numbers.roll(-1, dims=1) if shift else numbers
+    of_examples = numbers.numel() == labels.shape[0] or numbers.numel() == labels.shape[1] == labels.numel()
+    if name != "reference_logps" and of_examples:
+        return numbers.reshape(labels.shape[0], -1).expand_as(labels)
+    example = "" if name == "reference_logps" else f"({labels.shape[0]},), one an example, or "
     raise ValueError(
-        f"cv_loss.example_weights: of shape {tuple(weights.shape)}; expected ({labels.shape[0]},), one an example, or "
-        f"{tuple(labels.shape)}, one a token, as packed examples need"
+        f"cv_loss.{name}: of shape {tuple(numbers.shape)}; expected {example}{tuple(labels.shape)}, one a token, as "
+        "packed examples need"
     )
+
+
+def _acts(name: str, numbers: Tensor) -> Tensor:
+    """Where a column of 0 and 1 says that a term acts."""
+    if (wrong := numbers[(numbers != 0) & (numbers != 1)]).numel():
+        raise ValueError(
+            f"cv_loss.where: {name} has {float(wrong[0]):g}; it says on which rows a term acts, so allowed are 0 and 1"
+        )
+    return numbers == 1
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..engine.sets import SetCounts
 from ..engine.vocabulary import count_labels
 from ..model.installation import Evaluation, Installation, installation
 from ..objective.objective import Objective, ObjectiveResult
-from .example_weights import WeightCollator
+from .columns import ColumnCollator
 from .short_answers import FEW_TOKENS, measures_overlap, told
 from .trl_keys import parallel, savers
 from .virtual_tokens import conflicts, virtual_tokens, with_virtual_tokens
@@ -108,6 +108,7 @@ class ObjectiveTrainer(Trainer):
             rows = objective.select_rows(
                 labels if shifted is None else shifted,
                 shift=shifted is None,
+                columns=self.cv_loss.columns(batch),
                 **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
             )
             totals += torch.stack([rows.scopes[selector].sum() for selector in objective.selectors]).to(device)
@@ -442,8 +443,8 @@ def connect(trainer: Trainer) -> None:
         raise RuntimeError("\n".join(problems))
     switch_off(trainer.args)
     installed.objective = _complete(installed.objective, trainer)
-    if column := installed.objective.config.example_weights:
-        trainer.data_collator = WeightCollator(trainer.data_collator, column)
+    if wanted := installed.objective.config.columns:
+        trainer.data_collator = ColumnCollator(trainer.data_collator, wanted)
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
     bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)

@@ -5,6 +5,7 @@ log-probabilities make the loss. Both pass by what a model returns as its loss. 
 transformers' Trainer here, and what SFTTrainer logs is taken from the objective.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,15 +13,17 @@ from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import Trainer
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer import sft_trainer
 
 from ..model.installation import install, installation
 from ..objective.config import KEY, ConfigError, CVLossConfig
 from ..objective.objective import Objective
+from .columns import per_token
 from .transformers import ObjectiveTrainer, attach, switch_off
 from .trl_keys import conflicts, parallel
 
@@ -45,11 +48,6 @@ class CVLossSFTConfig(SFTConfig):
         problems = conflicts(partial(getattr, self))
         try:
             config = CVLossConfig.parse(self.cv_loss)
-            if config.example_weights is not None and (self.packing or self.use_liger_kernel):
-                problems.append(
-                    f"{KEY}.example_weights cannot be used with packing or use_liger_kernel: it drops the column; "
-                    "use padding_free instead of packing"
-                )
             self.cv_loss = config.dump()
         except ConfigError as error:
             problems.append(str(error))
@@ -88,12 +86,35 @@ class CVLossSFTTrainer(SFTTrainer):
         objective = Objective.from_config(args.cv_loss, diagnose=True)
         install(self.model, objective)
         attach(self)
-        if column := objective.config.example_weights:  # SFTTrainer has a list of the columns that it keeps
+        if columns := objective.config.columns:  # SFTTrainer has a list of the columns that it keeps
             self._set_signature_columns_if_needed()
-            self._signature_columns.append(column)
+            self._signature_columns.extend(columns)
         # SFTTrainer puts the coefficient of the auxiliary loss into the config, which most models have read by then.
         if self.aux_loss_enabled and hasattr(self.cv_loss.model, "router_aux_loss_coef"):
             self.cv_loss.model.router_aux_loss_coef = self.model.config.get_text_config().router_aux_loss_coef
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, *more: Any, **named: Any
+    ) -> Any:
+        """SFTTrainer's, but with the columns that the key names: it would neither cut nor pack them, but drop them."""
+        key = getattr(args, KEY, None)
+        if key is None or not (columns := CVLossConfig.parse(key).columns):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *more, **named)
+        # Tokens and labels first, in full; then they are cut or packed together with what is beside them.
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset, whole.use_liger_kernel = None, False, False
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *more, **named)
+        with PartialState().main_process_first():
+            cut = None if packing or args.max_length is None else (args.max_length, args.truncation_mode)
+            dataset, there = per_token(dataset, columns, cut)
+            if not packing:
+                whole.max_length, whole.shuffle_dataset = args.max_length, args.shuffle_dataset
+                return super()._prepare_dataset(dataset, processing_class, whole, False, *more, **named)
+            dataset = dataset.select_columns(["input_ids", "labels", *there])
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def compute_loss(
         self,

@@ -29,10 +29,10 @@ def conflicts(model: Any, config: CVLossConfig) -> list[str]:
         return [f"cv_loss cannot be used with {name}: it computes a loss of its own; use PromptTuningConfig"]
     if not virtual_tokens(model):
         return []
-    if config.example_weights is not None:
+    if keys := config.columns.values():
         return [
-            f"cv_loss.example_weights cannot be used with {name}: it puts virtual tokens before the tokens that the "
-            "column has weights for; use PrefixTuningConfig or LoRA, or leave it out"
+            f"{next(iter(keys))} cannot be used with {name}: it puts virtual tokens before the tokens that the "
+            "column has numbers for; use PrefixTuningConfig or LoRA, or leave it out"
         ]
     wanted = [
         f"{what} of {term.loss}"

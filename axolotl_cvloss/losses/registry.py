@@ -18,7 +18,7 @@ from . import hookspecs
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 RESERVED = (
-    *("loss", "weight", "scope", "per", "reduce", "goldfish"),
+    *("loss", "weight", "scope", "per", "reduce", "goldfish", "where"),
     *("terms", "head", "example_weights", "reference"),
 )
 

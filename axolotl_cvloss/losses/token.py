@@ -267,12 +267,13 @@ def idft(
 def unlikelihood(logp: Tensor) -> Tensor:
     """Moves probability away from the target: for text that the model must not write.
 
-    It acts on all trained tokens, so the data must be such text alone.
+    ``where``, a column of 0 and 1 in the dataset, says which tokens these are; without it, all that are trained.
 
     Formula: -log(1 - p)
-    Source: Welleck et al. 2019, Neural Text Generation with Unlikelihood Training, arXiv:1908.04319
-    Helps: unlearning phrases or repetitions, for a few steps with a small learning rate.
-    Hurts: on any text that is right, and mixed with cross-entropy on the same tokens, which it undoes.
+    Source: Welleck et al. 2019, Neural Text Generation with Unlikelihood Training, arXiv:1908.04319; on marked tokens
+        beside cross-entropy on the others: SLUNG, arXiv:2505.03052
+    Helps: tokens that are marked as bad (toxic, wrong, repeated) in a text whose other tokens are trained as usual.
+    Hurts: on any text that is right, and beside cross-entropy on the same tokens, which it undoes.
 
     Args:
         logp: (N,), log p of the target.

@@ -8,7 +8,7 @@ end up calling the patched forward.
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
@@ -66,7 +66,7 @@ class Installation:
         self.progress = 0.0  # how much of training is done, for what follows a schedule
         self.counted = self.sample = False
         self.evaluation: Evaluation | None = None
-        self._weights = objective.config.example_weights
+        self._columns = objective.config.columns
         if objective.config.needs_logits and objective.config.head != "logits":
             logger.warning(f"cv_loss: {objective} {NEEDS_LOGITS}; `head: logits` silences this warning")
         self._tap = HeadTap(model)
@@ -89,16 +89,19 @@ class Installation:
                 return _original(module)(*args, **kwargs)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             if named.get("labels") is None and named.get("shift_labels") is None:
-                for name in ("num_items_in_batch", installed._weights):
+                for name in ("num_items_in_batch", *installed._columns):
                     kwargs.pop(name, None)
                 return installed.original(*args, **kwargs)
             return installed._forward(**named)
 
         # Trainer reads from the signature which columns of the dataset the model takes.
         parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
-        if self._weights and self._weights not in names:
-            last = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
-            parameters.insert(last, inspect.Parameter(self._weights, inspect.Parameter.KEYWORD_ONLY, default=None))
+        last = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+        parameters[last:last] = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in self._columns
+            if name not in names
+        ]
         forward.__signature__ = signature.replace(parameters=parameters)
         forward.__doc__ = model.forward.__doc__
         model.__dict__[_REPLACED] = _Replaced(model.__dict__.get("forward"), forward)
@@ -108,6 +111,21 @@ class Installation:
     def original(self) -> Callable[..., Any]:
         """The model's own forward."""
         return _original(self.model)
+
+    def columns(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The columns that the key names, of a batch to train on.
+
+        Raises:
+            ValueError: It has not got one of them.
+        """
+        found = _columns(batch, self._columns)
+        for name, key in self._columns.items():
+            if name not in found:
+                raise ValueError(
+                    f"{key}: the batch has no column {name}, only {', '.join(n for n in batch if n not in found)}. The "
+                    "dataset must have it when it comes to the trainer: one number an example, or one a token"
+                )
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Installation":
         """For a copy of the model. It belongs to no trainer."""
@@ -142,19 +160,15 @@ class Installation:
         **inputs: Any,
     ) -> Any:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
-        weights = inputs.pop(self._weights, None) if self._weights else None
-        if self._weights and weights is None and self.model.training:
-            raise ValueError(
-                f"cv_loss.example_weights: the batch has no column {self._weights}, only {', '.join(inputs)}. The "
-                "dataset must have it when it comes to the trainer: one number an example, or one a token"
-            )
+        columns = self.columns(inputs) if self.model.training else _columns(inputs, self._columns)
+        inputs = {name: value for name, value in inputs.items() if name not in self._columns}
         run = partial(self.original, **inputs, return_dict=True)
         counts = None if num_items_in_batch is None else {**self.counts, COMPLETION: num_items_in_batch}
         given: dict[str, Any] = {
             "labels": labels if shift_labels is None else shift_labels,
             "shift": shift_labels is None,
             "num_items_in_batch": counts,
-            "example_weights": weights,
+            "columns": columns,
             "progress": self.progress,
             "sample": self.sample,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
@@ -379,6 +393,11 @@ def _padding_from(first: int, given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _original(model: nn.Module) -> Callable[..., Any]:
     return model.__dict__[_REPLACED].before or MethodType(type(model).forward, model)
+
+
+def _columns(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+    """Those that the batch has."""
+    return {name: batch[name] for name in names if batch.get(name) is not None}
 
 
 def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:

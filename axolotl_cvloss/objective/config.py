@@ -72,6 +72,9 @@ class TermConfig(BaseModel):
     goldfish: GoldfishConfig | None = Field(
         None, description="Leave one token in k out, always the same after the same text: true, or {k: 4, h: 13}."
     )
+    where: str | None = Field(
+        None, min_length=1, description="A column of the dataset, 0 or 1 an example or a token: this term acts at 1."
+    )
     parameters: dict[str, Any] = Field(default_factory=dict, exclude=True)
     schedules: dict[str, Schedule] = Field(default_factory=dict, exclude=True)
 
@@ -137,10 +140,22 @@ class CVLossConfig(BaseModel):
         """Whether some term cannot do without the logits of all rows. ``NEEDS_LOGITS`` says so to users."""
         return self.reference or any(available_losses()[term.loss].kind.on_logits for term in self.terms)
 
+    @property
+    def given_by(self) -> dict[str, str]:
+        """Inputs of an objective that columns of the dataset give, and the names of these columns."""
+        return {} if self.example_weights is None else {"example_weights": self.example_weights}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of the dataset that a batch must have, and for each the key that names it."""
+        named = {name: f"{KEY}.{keyword}" for keyword, name in self.given_by.items()}
+        acting = {term.where: f"{KEY}.{term.loss}.where" for term in self.terms if term.where is not None}
+        return {**acting, **named}
+
     def dump(self) -> dict[str, Any]:
         """The long form as plain data; ``parse`` reads it back."""
-        more = {} if self.example_weights is None else {"example_weights": self.example_weights}
-        return {"terms": [term.dump() for term in self.terms], "head": self.head, **more, "reference": self.reference}
+        terms = [term.dump() for term in self.terms]
+        return {"terms": terms, "head": self.head, **self.given_by, "reference": self.reference}
 
 
 def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
@@ -341,6 +356,8 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                 continue
             if term.goldfish is not None:
                 problems.append(f"{KEY}.reference: the paper's code knows no goldfish; leave it out of {term.loss}")
+            if term.where is not None:
+                problems.append(f"{KEY}.reference: the paper's code knows no where; leave it out of {term.loss}")
             if loss.per_set and term.per != "document":
                 problems.append(f"{KEY}.reference: the paper's code has sets of its own; leave per out of {term.loss}")
             known = inspect.signature(loss.reference).parameters

@@ -66,6 +66,9 @@ class BatchInputs(TypedDict, total=False):
         need it. Of tokens that are not trained any number will do.
     example_weights: (B,), or (B, T) where a row has several documents; the values of an example's rows, or of its sets,
         are multiplied by them. What they are divided by stays the number of rows. The NLL is not weighted.
+    columns: The columns of the dataset that the key names (``objective.config.columns``), by name; each (B,), or in the
+        shape of the labels. A token's number counts for the row that predicts this token. ``where`` of a term needs
+        its own; that of ``example_weights`` is used where no weights are given.
     num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step: the trained
         tokens of all of them. A mapping gives a count for each scope. None, the default: the rows given.
     """
@@ -76,6 +79,7 @@ class BatchInputs(TypedDict, total=False):
     input_ids: Tensor | None
     example_weights: Tensor | None
     reference_logps: Tensor | None
+    columns: Mapping[str, Tensor]
     num_items_in_batch: Counts
 
 
@@ -107,7 +111,7 @@ class Objective:
             number = 1 + sum(t.loss.name == loss.name for t in self.terms)
             while number > 1 and f"{loss.name}_{number}" in losses:  # another loss has this name
                 number += 1
-            rows = Selector(term.scope)
+            rows = Selector(term.scope, where=term.where)
             if term.goldfish is not None:
                 rows = rows.only(Goldfish(term.goldfish.k, term.goldfish.h))
             made = Term(
@@ -155,7 +159,7 @@ class Objective:
     def needs_reference(self) -> bool:
         return any(term.loss.needs_reference for term in self.terms)
 
-    def select_rows(self, labels: Tensor, **inputs: Any) -> Rows:
+    def select_rows(self, labels: Tensor, *, columns: Mapping[str, Tensor] | None = None, **inputs: Any) -> Rows:
         """The rows that the terms look at, in main memory; keywords as those of ``rows.select_rows``.
 
         Raises:
@@ -164,7 +168,10 @@ class Objective:
         if self.needs_tokenizer or self.needs_label_counts:
             what = "tokenizer" if self.needs_tokenizer else "label_counts"
             raise ValueError(f"{KEY}: {self} needs to know more; use Objective.from_config(..., {what}={what})")
-        return select_rows(labels, selectors=self.selectors, **inputs)
+        for keyword, name in self.config.given_by.items():
+            if inputs.get(keyword) is None and columns and name in columns:
+                inputs[keyword] = columns[name]
+        return select_rows(labels, selectors=self.selectors, columns=columns, **inputs)
 
     def __str__(self) -> str:
         def weight(term: Term) -> str:

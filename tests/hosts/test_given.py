@@ -22,12 +22,12 @@ def digits():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
 
 
-def one_big_batch(make_model, config, data, weights=None, **more):
+def one_big_batch(make_model, config, data, weights=None, columns=None, **more):
     model = make_model().double()
     batch = collate(data)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     objective = Objective.from_config(config, **more)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {"columns": columns, **{name: batch[name] for name in ("input_ids", "attention_mask")}}
     objective.from_logits(logits, batch["labels"], example_weights=weights, **inputs).loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -108,12 +108,40 @@ def test_a_weight_column_reaches_the_objective(loss, make_trainer, make_model): 
     check(gradients, one_big_batch(make_model, config, DATA, weights=weights))
 
 
-def test_a_missing_weight_column_is_said(make_trainer):  # noqa: F811
-    trainer, _ = accumulated(make_trainer, "cross_entropy", DATA)
-    install(trainer.model, Objective.from_config({"cross_entropy": 1.0, "example_weights": "importance"}))
+@pytest.mark.parametrize("loss", ["unlikelihood", "dice", "squentropy", "lovasz"])
+def test_a_column_says_where_a_term_acts_under_accumulation(loss, make_trainer, make_model):  # noqa: F811
+    """A number a token, cut and padded by nobody but the host; the micro-batches have different numbers of them."""
+    config = {"cross_entropy": 1.0, loss: {"weight": 0.5, "where": "acts"}}
+    data = [{**row, "acts": [int((i * n) % 3 == 0) for n in range(len(row["labels"]))]} for i, row in enumerate(DATA)]
+    trainer, gradients = accumulated(make_trainer, config, data)
+    install(trainer.model, Objective.from_config(config))
     attach(trainer)
-    with pytest.raises(ValueError, match="example_weights: the batch has no column importance, only"):
+    trainer.train()
+    acts = torch.zeros(collate(DATA)["labels"].shape)
+    for line, row in zip(acts, data, strict=True):
+        line[: len(row["acts"])] = torch.tensor(row["acts"])
+    check(gradients, one_big_batch(make_model, config, DATA, columns={"acts": acts}))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [({"example_weights": "importance"}, "example_weights"), ({"dice": {"where": "importance"}}, "dice.where")],
+)
+def test_a_missing_column_is_said(key, name, make_trainer):  # noqa: F811
+    trainer, _ = accumulated(make_trainer, "cross_entropy", DATA)
+    install(trainer.model, Objective.from_config({"cross_entropy": 1.0, **key}))
+    attach(trainer)
+    with pytest.raises(ValueError, match=rf"cv_loss\.{name}: the batch has no column importance, only"):
         trainer.train()
+
+
+def test_a_column_that_does_not_fit_is_said(make_trainer):  # noqa: F811
+    for given, message in [([1.0, 2.0], "has 2 numbers for"), ("much", "is 'much' in an example; give a number")]:
+        trainer, _ = accumulated(make_trainer, "cross_entropy", [{**row, "importance": given} for row in DATA])
+        install(trainer.model, Objective.from_config({"cross_entropy": 1.0, "example_weights": "importance"}))
+        attach(trainer)
+        with pytest.raises(ValueError, match=rf"cv_loss\.example_weights: importance {message}"):
+            trainer.train()
 
 
 @pytest.mark.hosts

@@ -373,10 +373,6 @@ REFUSED = {
     "context": ({"parallelism_config": ParallelismConfig(cp_size=2)}, r"cp_size above 1 \(context parallelism\)"),
     "tensor": ({"parallelism_config": ParallelismConfig(tp_size=2)}, r"tp_size above 1 \(tensor parallelism\)"),
     "sequence": ({"parallelism_config": ParallelismConfig(sp_size=2)}, r"sp_size above 1 \(sequence parallelism\)"),
-    "weights": (
-        {"cv_loss": {"focal": 1, "example_weights": "w"}, "packing": True},
-        "example_weights cannot be used with",
-    ),
     "misspelt": ({"cv_loss": {"lovas": 1}}, r"cv_loss.*lovas.*did you mean lovasz\?"),
     "two": ({"cv_loss": "lovas", "loss_type": "dft"}, "(?s)loss_type: dft.*did you mean lovasz"),
 }
@@ -551,7 +547,17 @@ def test_the_example_script(conversations, run_program, tmp_path):
     assert "cv_loss/lovasz" in training[-1]
 
 
-@pytest.mark.parametrize("way", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"])
+WAYS = {
+    "padded": {},
+    "cut": {"max_length": 20, "truncation_mode": "keep_end"},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 80, "per_device_train_batch_size": 2},
+    "packed, split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 20},
+    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 50},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_example_weights(way, make_trainer):
     """The loss is linear in the weights, so those of two halves of the examples add up to the loss of all."""
     losses = []
@@ -562,3 +568,11 @@ def test_example_weights(way, make_trainer):
         losses.append(trainer.state.log_history[0]["loss"])
     assert min(losses) > 0.5
     assert sum(losses[:2]) == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_liger_keeps_the_column(make_trainer):
+    """Its kernels do not run here; that the data have what they must is seen without them."""
+    trainer = make_trainer({**MIX, "example_weights": "importance"}, kind="weighted 0", use_liger_kernel=True)
+    (batch, *_) = trainer.get_train_dataloader()
+    assert batch["importance"].shape == batch["labels"].shape
+    assert set(batch["importance"].unique().tolist()) == {0.0, 1.0}
