@@ -221,12 +221,22 @@ def z_regularized(z, y, coefficient=1e-4):
     return -z.log_softmax(0)[y] + coefficient * z.logsumexp(0) ** 2
 
 
-@token_loss
 def ldr(z, y, temperature=1.0, margin=0.1):
     others = torch.ones_like(z)
     others[y] = 0
     scaled = (z - z[y] + margin * others) / temperature
     return temperature * (scaled.logsumexp(0) - math.log(len(z)))
+
+
+token_loss(ldr)
+
+
+@token_loss
+def aldr(z, y, alpha=2.0, temperature=1.0, margin=0.1):
+    q = (z.detach() / temperature).softmax(0)
+    away_from_uniform = sum(x * math.log(x * len(z)) for x in q.tolist() if x)
+    own = temperature - temperature * away_from_uniform / (alpha * math.log(len(z)))
+    return ldr(z, y, temperature=own, margin=margin)
 
 
 def project_on_simplex(z):

@@ -173,6 +173,7 @@ def test_number_token_gaussian_by_hand():
 
 DETACHED = {
     "anchored",
+    "aldr",
     "deft",
     "dft",
     "entropy_adaptive",

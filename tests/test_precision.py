@@ -13,6 +13,7 @@ from axolotl_cvloss.engine.numerics import log_one_minus_exp, one_minus_exp
 
 EPS = torch.finfo(torch.float32).eps
 TOKEN = [name for name, loss in available_losses().items() if loss.family == "token" and loss.built_in]
+TOKEN.remove("spherical_z")  # which takes neither log p nor odds
 # Their value depends on a common offset of the logits.
 ABSOLUTE = {"squentropy", "z_regularized"}
 OBJECTIVES = {
@@ -92,7 +93,8 @@ def test_one_minus_exp_at_its_ends(function):
     assert gradient[1] == 0
 
 
-OTHERS = {"lse": 1.0}  # what else a loss is given, where it is not a half
+OTHERS = {"lse": 1.0, "vocab_size": 1000.0}  # what else a loss is given, where it is not a half
+ODDS = ("tempered_odds", "own_tempered_odds")  # given in the place of log p
 
 
 @pytest.mark.parametrize("name", TOKEN)
@@ -102,10 +104,11 @@ def test_losses_of_log_p_keep_their_digits(name):
     logp = -torch.logspace(-6, 1.4, 200)
     found = []
     for dtype in (torch.float32, torch.float64):
-        x = logp.to(dtype).requires_grad_()
+        leaf = next((name for name in ODDS if name in loss.statistics), "logp")
+        x = logp if leaf == "logp" else log_one_minus_exp(logp.double()).sub(logp).float()
+        x = x.to(dtype).requires_grad_()
         chosen = {s: None if s in loss.only_if else torch.full_like(x, OTHERS.get(s, 0.5)) for s in loss.statistics}
-        chosen |= {"logp": x, "tempered_logp": x}
-        chosen = {s: chosen[s] for s in loss.statistics}
+        chosen = {s: {"logp": logp.to(dtype), leaf: x}.get(s, chosen[s]) for s in loss.statistics}
         value = loss.function(**chosen, **loss.parameters().model_dump())
         found.append((value.detach().double(), torch.autograd.grad(value.sum(), x)[0].double()))
     (value, gradient), (exact, exact_gradient) = found

@@ -16,20 +16,54 @@ N, H, V = 9, 5, 23
 DEFINITIONS = {
     "mean_logit": lambda z, y, a: z.mean(1),
     "mean_logp": lambda z, y, a: z.log_softmax(1).mean(1),
+    "vocab_size": lambda z, y, a: torch.full((len(z),), V),
+    "possible": lambda z, y, a: torch.full((len(z),), V),
+    "height": lambda z, y, a: z[torch.arange(len(z)), y] - z.mean(1),
     "variance": lambda z, y, a: (z**2).mean(1) - z.mean(1) ** 2,
-    "squares": lambda z, y, a: (z**2).sum(1),
+    "other_squares": lambda z, y, a: (z**2).sum(1) - z[torch.arange(len(z)), y] ** 2,
     "target_logit": lambda z, y, a: z[torch.arange(len(z)), y],
-    "tempered_logp": lambda z, y, a: z[torch.arange(len(z)), y] / a - (z / a).logsumexp(1),
+    "tempered_odds": lambda z, y, a: odds_at(z, y, a),
+    "own_temperature": lambda z, y, a: temperature_of(z, *a),
+    "own_tempered_odds": lambda z, y, a: odds_at(z, y, temperature_of(z, *a)[:, None]),
+    "other_powers": lambda z, y, a: (others_of(z, y, z.softmax(1) ** a * z.log_softmax(1))).sum(1),
+    "other_power_mass": lambda z, y, a: (others_of(z, y, z.detach().softmax(1) ** a)).sum(1),
+    "accuracy": lambda z, y, a: (z.argmax(1) == y).double(),
     "entropy": lambda z, y, a: -(z.softmax(1) * z.log_softmax(1)).sum(1),
     "collision": lambda z, y, a: (z.softmax(1) ** 2).sum(1),
     "top_entropy": lambda z, y, a: entropy_of(z.detach().sort(1, descending=True).values[:, : int(a)]),
     "top_mass": lambda z, y, a: z.detach().softmax(1).sort(1, descending=True).values[:, : int(a)].sum(1),
 }
-PARAMETERS = {"tempered_logp": 1.7, "top_entropy": 4.0, "top_mass": 3.0}
+PARAMETERS = {
+    "tempered_odds": 1.7,
+    "own_temperature": (0.8, 1.5),
+    "own_tempered_odds": (0.8, 1.5),
+    "other_powers": 1.3,
+    "other_power_mass": 1.3,
+    "top_entropy": 4.0,
+    "top_mass": 3.0,
+}
 
 
 def entropy_of(z):
     return -(z.softmax(1) * z.log_softmax(1)).sum(1)
+
+
+PULLED = ["entropy", "collision", "tempered_odds", "own_tempered_odds", "variance", "height", "other_powers"]
+
+
+def others_of(z, y, x):
+    return x * (1 - torch.nn.functional.one_hot(y, z.shape[1]))
+
+
+def odds_at(z, y, temperature):
+    scaled = z / temperature
+    others = scaled.masked_fill(torch.nn.functional.one_hot(y, z.shape[1]).bool(), -torch.inf)
+    return others.logsumexp(1) - scaled[torch.arange(len(z)), y]
+
+
+def temperature_of(z, temperature, alpha):
+    entropy = entropy_of(z.detach() / temperature)
+    return temperature * (1 - (math.log(z.shape[1]) - entropy) / (alpha * math.log(z.shape[1])))
 
 
 def test_every_statistic_has_a_definition_here():
@@ -39,10 +73,13 @@ def test_every_statistic_has_a_definition_here():
 def loss_of(name):
     """A loss of one statistic beside log p, and its formula."""
 
-    def weighted(logp, number, at: float = PARAMETERS.get(name, 1.0)):
+    def weighted(logp, number):
         return number**2 * 0.1 - logp * number.tanh()
 
-    source = f"def function(logp, {name}, at: float = {PARAMETERS.get(name, 1.0)}): return weighted(logp, {name}, at)"
+    at = PARAMETERS.get(name, ())
+    at = at if isinstance(at, tuple) else (at,)
+    parameters = ", ".join(f"at_{number}: float = {value}" for number, value in enumerate(at))
+    source = f"def function(logp, {name}, {parameters}): return weighted(logp, {name})"
     scope = {"weighted": weighted}
     exec(source, scope)  # an argument is what a statistic is asked for by
     return scope["function"], weighted
@@ -50,7 +87,8 @@ def loss_of(name):
 
 def registered(name):
     function, weighted = loss_of(name)
-    register_loss("mine", family="token", at={name: "at"} if name in PARAMETERS else None)(function)
+    at = {name: ("at_0", "at_1") if isinstance(PARAMETERS[name], tuple) else "at_0"} if name in PARAMETERS else None
+    register_loss("mine", family="token", at=at)(function)
     return weighted
 
 
@@ -83,7 +121,7 @@ def test_value_and_gradient(name, others, rows, monkeypatch):
             torch.testing.assert_close(found, torch.autograd.grad(expected, wanted))
 
 
-@pytest.mark.parametrize("name", ["entropy", "collision", "tempered_logp", "variance"])
+@pytest.mark.parametrize("name", PULLED)
 def test_float32_loses_no_more_than_torch(name):
     """With a common offset and confident rows, beside autograd of the formula in float32."""
     generator = torch.Generator().manual_seed(5)
@@ -107,13 +145,13 @@ def test_float32_loses_no_more_than_torch(name):
 
 
 def test_terms_share_a_statistic_and_differ_in_its_parameter():
-    def at_one(tempered_logp, temperature: float = 1.0):
-        return -tempered_logp
+    def at_one(tempered_odds, temperature: float = 1.0):
+        return torch.nn.functional.softplus(tempered_odds)
 
     logits = torch.randn(N, V, dtype=torch.float64)
     labels = torch.arange(N)
     with temporary_losses():
-        register_loss("tempered", family="token", at={"tempered_logp": "temperature"})(at_one)
+        register_loss("tempered", family="token", at={"tempered_odds": "temperature"})(at_one)
         terms = [{"loss": "tempered", "temperature": t} for t in (1.0, 2.0, 2.0)]
         result = Objective.from_config({"terms": terms}).from_logits(logits, labels, shift=False)
     expected = [float(-(logits / t).log_softmax(1)[torch.arange(N), labels].mean()) for t in (1.0, 2.0, 2.0)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .numerics import one_minus_exp
 from .sets import Window
-from .statistics import FACTORED, Key, blocks, named
+from .statistics import FACTORED, Block, Key, blocks, named
 from .views import FusedView
 
 
@@ -45,8 +45,8 @@ class LogitGradient:
         """From the cotangents a of log p, l of lse, m of the mean logit, k of the mean log p, and b of p at columns:
 
         dz = a (onehot - p) + l p + m / V + k (1 / V - p) + p (b - <b, p>); ``columns`` has p b for the columns of
-        windows. Further cotangents are of other statistics; their ``values``, and the logits z where some are collected
-        from these, are needed then. p, z and ``columns`` are overwritten.
+        windows. Further cotangents are of other statistics; the ``values`` of all and the largest logits, and the
+        logits z where some are collected from these, are needed then. p and ``columns`` are overwritten.
         """
         # (pull + own column) (1 - p) + rest p at the target, pull + own column + rest elsewhere: no difference of
         # large numbers, and 1 - p from log p.
@@ -60,15 +60,14 @@ class LogitGradient:
             pull = pull + weighted.gather(1, own_column).squeeze(1)
             weighted.scatter_(1, own_column, 0)
             rest = rest - weighted.sum(1)
-        slope, own, dense = rest - pull, pull * one_minus_exp(logp) + rest * logp.exp(), None
+        slope, own = rest - pull, pull * one_minus_exp(logp) + rest * logp.exp()
         more = {key: cotangent for key, cotangent in cotangents.items() if key not in FACTORED}
         if more and values is not None:
-            own, slope = _bend(p, logp, slope, own, more, values)
-            own, dense = _densify(z, labels, own, more, values)
+            own, slope = _bend(p, z, labels, slope, own, more, {**values, "logp": logp})
         if p is not None:
             p.scatter_(1, labels[:, None], 0)
         found = [(window.columns, weighted) for window, weighted in columns]
-        return cls(p, slope, labels, own, found, mean, dense)
+        return cls(p, slope, labels, own, found, mean)
 
     def scaled(self, factor: float) -> "LogitGradient":
         if factor == 1:
@@ -141,61 +140,49 @@ class LogitGradient:
 
 def _bend(
     p: Tensor | None,
-    logp: Tensor,
+    z: Tensor | None,
+    labels: Tensor,
     slope: Tensor,
     own: Tensor,
     cotangents: Mapping[Key, Tensor],
     values: Mapping[Key, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Put p times the derivatives of statistics of p into p, by rows in a unit of their own; the new own and slope."""
-    bending = [(key, c) for key, c in cotangents.items() if named(key)[0].of == "p" and named(key)[0].pull is not None]
-    if not bending:
+    """Put what further statistics add to the gradient into p, by rows in a unit of their own; the new own and slope."""
+    columns = {key: x[:, None] for key, x in values.items()}
+    whole = Block(labels, columns["largest"], labels, labels, columns)
+    pulled: dict[str, list[tuple[Key, Tensor]]] = {"z": [], "p": []}
+    for key, cotangent in cotangents.items():
+        statistic, parameter = named(key)
+        if statistic.own is not None:
+            own = own + cotangent * statistic.own(whole, parameter).squeeze(1)
+        if statistic.pull is not None:
+            times = cotangent[:, None] * statistic.times(whole, parameter)
+            pulled[statistic.of].append((key, times))
+    every = [times.abs() for found in pulled.values() for _, times in found]
+    if not every:
         return own, slope
     assert p is not None  # a source that mixes is not asked to
-    unit = sum((c.abs() for _, c in bending), slope.abs()).clamp_min(torch.finfo(p.dtype).tiny)
-
-    def factor(x: Tensor, rows: slice) -> Tensor:
-        total = torch.zeros_like(x)
-        for key, cotangent in bending:
-            total.addcmul_(_derivative(key, x, values, rows), (cotangent / unit)[rows, None])
-        return total
-
-    target = logp.exp()
-    own = own + target * unit * factor(target[:, None], slice(None)).squeeze(1)
+    unit = sum(every, slope.abs()[:, None]).clamp_min(torch.finfo(p.dtype).tiny)
+    parts = {of: [(key, times / unit) for key, times in found] for of, found in pulled.items()}
     for rows in blocks(p):
-        p[rows] *= factor(p[rows], rows) + (slope / unit)[rows, None]
-    return own, unit
+        here = {key: x[rows] for key, x in columns.items()}
+        block = Block(labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here)
+        added, factor = (_derivative(block, [(key, times[rows]) for key, times in parts[of]]) for of in ("z", "p"))
+        share = (slope[:, None] / unit)[rows]
+        block.p.mul_(share if factor is None else factor.add_(share))
+        if added is not None:
+            block.p.add_(added)
+    return own, unit.squeeze(1)
 
 
-def _densify(
-    z: Tensor | None, labels: Tensor, own: Tensor, cotangents: Mapping[Key, Tensor], values: Mapping[Key, Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Put the derivatives of statistics of the logits into the place of the logits; the new own, and they."""
-    dense = None
-    found = [(key, c) for key, c in cotangents.items() if key in values and named(key)[0].of == "z"]
-    for key, cotangent in found:
-        if (at_target := named(key)[0].own) is not None:
-            own = own + cotangent * at_target(values[key], named(key)[1])
-    pulled = [(key, c) for key, c in found if named(key)[0].pull is not None]
-    if pulled:
-        assert z is not None
-        for rows in blocks(z):
-            total = torch.zeros_like(z[rows])
-            for key, cotangent in pulled:
-                derivative = _derivative(key, z[rows], values, rows)
-                if named(key)[0].own is not None:
-                    derivative.scatter_(1, labels[rows, None], 0)
-                total.addcmul_(derivative, cotangent[rows, None])
-            z[rows] = total
-        dense = z
-    return own, dense
-
-
-def _derivative(key: Key, x: Tensor, values: Mapping[Key, Tensor], rows: slice) -> Tensor:
-    statistic, parameter = named(key)
-    assert statistic.pull is not None
-    own = {name: values[name][rows, None] for name in values if isinstance(name, str)}
-    return statistic.pull(x, own, parameter)
+def _derivative(block: Block, pulled: Sequence[tuple[Key, Tensor]]) -> Tensor | None:
+    total = None
+    for key, times in pulled:
+        statistic, parameter = named(key)
+        assert statistic.pull is not None
+        matrix = statistic.pull(block, parameter)
+        total = matrix * times if total is None else total.addcmul_(matrix, times)
+    return total
 
 
 def fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -246,16 +233,6 @@ def _widens(device: torch.device) -> bool:
         return bool((total == 17).all()) and bool((torch.mm(ones, ones, out_dtype=torch.float32) == 16).all())
     except (RuntimeError, TypeError):
         return False
-
-
-def softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p in the place of the logits (n, V), the largest logit of each row, and its log p, (n,) each.
-
-    log p of any logit z is (z - largest) + log p of the largest. It is not z - lse: far from 0, lse has few digits.
-    """
-    largest, where = logits.max(1)
-    p = torch.softmax(logits, 1, out=logits)
-    return p, largest, p.gather(1, where[:, None]).squeeze(1).log()
 
 
 def cotangents(total: Tensor | float, leaves: Iterable[Tensor]) -> list[Tensor]:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .batch import Batch, Chunk
 from .family import Family, Part
-from .gradient import LogitGradient, cotangents_or_none, softmax_
+from .gradient import LogitGradient, cotangents_or_none
 from .rows import COMPLETION
 from .sets import SetCounts, Window
 from .sources import LogitSource
-from .statistics import FACTORED, STATISTICS, Key, collect, named
+from .statistics import FACTORED, STATISTICS, Key, blocks, collect, named, with_others
 from .terms import Term
 from .views import FusedView, View
 
@@ -39,6 +39,9 @@ class Outcome:
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
+DIAGNOSTICS = ("entropy", "accuracy")
+
+
 def compute(
     source: LogitSource,
     terms: Sequence[Term],
@@ -49,7 +52,7 @@ def compute(
     """Value and gradient of the terms on a batch; the loss is differentiable in ``source.tensors``.
 
     Args:
-        diagnose: Also the entropy and the accuracy, which read all logits twice more.
+        diagnose: Also the entropy and the accuracy.
         known: Statistics that do not come from the logits, (N,) each.
     """
     families: dict[Family, list[Term]] = {}
@@ -67,7 +70,8 @@ def compute(
     means = {t.name: batch.sums[t.name] / max(1, batch.counts[t.rows]) for t in terms}
     trained = {
         name: torch.where(batch.rows.scopes[COMPLETION], values, 0).sum() / max(1, batch.counts[COMPLETION])
-        for name, values in {"logp": batch.statistics["logp"], **pass_.diagnostics}.items()
+        for name, values in batch.statistics.items()
+        if name == "logp" or (diagnose and name in DIAGNOSTICS)
     }
     nll = -trained.pop("logp")
     sets = {t.name: batch.sets(t).counted() for t in terms if t.loss.per_set}
@@ -115,21 +119,18 @@ class _Pass:
         self.source, self.batch, self.gradient = source, batch, gradient
         zeros = torch.zeros(len(batch), dtype=source.dtype, device=batch.rows.labels.device)
         # Only those that a term needs: each reads all logits once more.
-        asked = {
-            t.key(name): None for found in families.values() for t in found for name in STATISTICS if t.needs(name)
-        }
-        also: dict[Key, None] = {named(key)[0].also: None for key in asked if named(key)[0].also}
-        self.collected: dict[str, list[Key]] = {"z": [], "p": []}
-        for key in {**also, **asked}:
-            self.collected[named(key)[0].of].append(key)
-        self.keeps_z = any(named(key)[0].pull for key in self.collected["z"])
-        self.elementwise = self.keeps_z or any(named(key)[0].pull for key in self.collected["p"])
-        batch.statistics = {name: zeros.clone() for name in ("logp", "lse", *also, *asked)}
+        asked = with_others(
+            t.key(name) for found in families.values() for t in found for name in STATISTICS if t.needs(name)
+        )
+        pulled = {named(key)[0].of for key in asked if named(key)[0].pull}
+        self.keeps_z, self.elementwise = "z" in pulled, bool(pulled)
+        self.collected = list(dict.fromkeys([*asked, *(DIAGNOSTICS if diagnose else ())]))
+        batch.statistics = {name: zeros.clone() for name in ("logp", "lse", *self.collected)}
         batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
         batch.gradient, batch.p_at = gradient, self.p_at
-        self.largest, self.top = zeros.clone(), zeros.clone()  # as softmax_ gives them
-        self.z: Tensor | None = None
-        self.diagnostics = {name: zeros.clone() for name in ("entropy", "accuracy") if diagnose}
+        self.largest, self.top = zeros.clone(), zeros.clone()  # largest logits and their log p
+        self._z: Tensor | None = None
+        self.diagnose = diagnose
         self.parts: list[Part] = [family.part(found, batch) for family, found in families.items()]
 
     def run(self, wanted: Sequence[bool]) -> Tensor:
@@ -179,37 +180,33 @@ class _Pass:
             part.see(chunk, view, True, gradient)
         if isinstance(view, FusedView):
             return self._collect(chunk, view, labels)
-        statistics, logits = self.batch.statistics, view.logits()
-        for key in self.collected["z"]:
-            statistics[key][chunk.rows] = collect(key, logits, labels)
-        target = logits.gather(1, labels[:, None]).squeeze(1)
-        self.z = logits.clone() if self.keeps_z else None
-        kept = logits.clone() if self.diagnostics else logits
-        p, largest, top = softmax_(logits)
-        for key in self.collected["p"]:
-            statistics[key][chunk.rows] = collect(key, p, labels)
-        if self.diagnostics:
-            self.diagnostics["accuracy"][chunk.rows] = (kept.argmax(1) == labels).to(top.dtype)
-            # -sum p log p by log p of the largest and distances from it, which takes a quarter of the time.
-            kept.sub_(largest[:, None]).clamp_min_(torch.finfo(kept.dtype).min)
-            self.diagnostics["entropy"][chunk.rows] = -top - torch.einsum("nv,nv->n", p, kept)
-        self.largest[chunk.rows], self.top[chunk.rows] = largest, top
-        statistics["lse"][chunk.rows] = largest - top
-        statistics["logp"][chunk.rows] = target - largest + top
+        logits = view.logits()
+        found = collect(self.collected, logits, labels, self._room(logits))
+        self.largest[chunk.rows], self.top[chunk.rows] = found.pop("largest"), found.pop("top")
+        for key, values in found.items():
+            self.batch.statistics[key][chunk.rows] = values
         return view
+
+    def _room(self, logits: Tensor) -> Tensor | None:
+        """For a copy of the logits, where the pull needs them: one for all chunks, as fresh memory costs more."""
+        if not (self.gradient and self.keeps_z):
+            return None
+        if self._z is None or len(self._z) < len(logits):
+            self._z = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        return self._z[: len(logits)]
 
     def _collect(self, chunk: Chunk, view: FusedView, labels: Tensor) -> FusedView:
         """The statistics of a chunk by the kernel."""
         statistics, rows = self.batch.statistics, chunk.rows
-        found = view.collect(labels, any(key != "target_logit" for key in self.collected["z"]), bool(self.diagnostics))
+        found = view.collect(labels, any(key in ("mean_logit", "mean_logp") for key in self.collected), self.diagnose)
         logp = found.target - found.largest + found.top
-        values = {"logp": logp, "lse": found.largest - found.top, "target_logit": found.target}
+        values: dict[Key, Tensor] = {"logp": logp, "lse": found.largest - found.top, "target_logit": found.target}
         if found.distance is not None:
             values |= {"mean_logit": found.target + found.distance, "mean_logp": logp + found.distance}
-        for key in ("logp", "lse", *self.collected["z"]):
-            statistics[key][rows] = values[str(key)]
-        for name in self.diagnostics:
-            self.diagnostics[name][rows] = getattr(found, name)
+        if found.entropy is not None and found.accuracy is not None:
+            values |= {"entropy": found.entropy, "accuracy": found.accuracy}
+        for key in ("logp", "lse", *self.collected):
+            statistics[key][rows] = values[key]
         self.largest[rows], self.top[rows] = found.largest, found.top
         return view.know(found.largest, found.top)
 
@@ -220,9 +217,11 @@ class _Pass:
             part.see(chunk, view, False, True)
         if isinstance(view, FusedView):
             return view.know(self.largest[chunk.rows], self.top[chunk.rows])
-        logits = view.logits()
-        self.z = logits.clone() if self.keeps_z else None
-        torch.softmax(logits, 1, out=logits)
+        logits, kept = view.logits(), self._room(view.logits())
+        for rows in blocks(logits):
+            if kept is not None:
+                kept[rows] = logits[rows]
+            torch.softmax(logits[rows], 1, out=logits[rows])
         return view
 
     def p_at(self, number: int, window: Window) -> Tensor:
@@ -252,9 +251,10 @@ class _Pass:
         rows = chunk.rows
         p = None if view is None or isinstance(view, FusedView) else view.p
         labels, logp = self.batch.rows.labels[rows], self.batch.statistics["logp"][rows]
-        values = {key: self.batch.statistics[key][rows] for keys in self.collected.values() for key in keys}
+        values = {key: self.batch.statistics[key][rows] for key in self.collected} | {"largest": self.largest[rows]}
         cotangents = {key: x for key, x in found.items() if key in values or key in FACTORED}
-        gradient = LogitGradient.build(p, logp, labels, cotangents, self._columns(chunk, view), self.z, values)
+        z = None if self._z is None else self._z[: len(labels)]
+        gradient = LogitGradient.build(p, logp, labels, cotangents, self._columns(chunk, view), z, values)
         gradient.view = view if isinstance(view, FusedView) else None
         for part in self.parts:
             part.pull(chunk, gradient)

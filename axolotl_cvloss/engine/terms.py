@@ -31,7 +31,7 @@ class Loss:
     only_if: Mapping[str, str] = field(default_factory=dict)
     requires: str = ""
     at_once: bool = False
-    at: Mapping[str, str] = field(default_factory=dict)
+    at: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -91,8 +91,10 @@ class Term:
         return statistic in self.loss.statistics and (parameter is None or bool(self.parameters.get(parameter)))
 
     def key(self, statistic: str) -> Key:
-        """Of a statistic that the loss takes at one of its parameters, with the value of that."""
-        return (statistic, self.parameters[self.loss.at[statistic]]) if statistic in self.loss.at else statistic
+        """Of a statistic that the loss takes at one of its parameters, or several, with the values of these."""
+        if (at := self.loss.at.get(statistic)) is None:
+            return statistic
+        return statistic, self.parameters[at] if isinstance(at, str) else tuple(self.parameters[name] for name in at)
 
     def __call__(self, statistics: Mapping[Any, Any]) -> Tensor:
         """The function of the loss on some statistics, by ``key``."""

@@ -1,5 +1,5 @@
-"""The losses, one module a family. Each registers its losses through the hook that other packages use."""
+"""The losses, a module or two a family. Each registers its losses through the hook that other packages use."""
 
-from . import document, number, ranking, region, row, token
+from . import distribution, document, number, ranking, region, row, token
 
-BUILT_IN = (token, row, number, region, ranking, document)
+BUILT_IN = (token, distribution, row, number, region, ranking, document)

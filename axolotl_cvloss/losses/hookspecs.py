@@ -25,7 +25,7 @@ class Register(Protocol):
         only_if: dict[str, str] | None = None,
         requires: str = "",
         at_once: bool = False,
-        at: dict[str, str] | None = None,
+        at: dict[str, str | tuple[str, ...]] | None = None,
     ) -> Callable[[Function], Function]: ...
 
 

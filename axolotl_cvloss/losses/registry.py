@@ -34,7 +34,7 @@ def register_loss(
     only_if: dict[str, str] | None = None,
     requires: str = "",
     at_once: bool = False,
-    at: dict[str, str] | None = None,
+    at: dict[str, str | tuple[str, ...]] | None = None,
 ) -> Callable[[Function], Function]:
     """Make a function a loss that the ``cv_loss`` key knows by ``name``.
 
@@ -58,7 +58,8 @@ def register_loss(
         at_once: Of the family ``region``: the value of a class depends on the statistics of this class alone, so the
             function may be given the classes of many sets at once. Without it, sets of equal size are batched by
             ``torch.vmap``, and one after the other where it cannot follow.
-        at: Statistics that are taken at a parameter of the loss, such as ``{"tempered_logp": "temperature"}``.
+        at: Statistics that are taken at a parameter of the loss, such as ``{"tempered_odds": "temperature"}``, or at
+            several, in a tuple.
 
     Raises:
         ValueError: The name is taken or malformed, the family unknown, an argument is no statistic of it or cannot be
@@ -106,7 +107,8 @@ def register_loss(
                 )
         if not set(only_if or {}) <= set(statistics) or not set((only_if or {}).values()) <= set(fields):
             raise ValueError(f"loss {name!r}: only_if maps statistics of the loss to parameters of it, not {only_if}")
-        if not set(at or {}) <= set(statistics) or not set((at or {}).values()) <= set(fields):
+        taken_at = {one for name in (at or {}).values() for one in ([name] if isinstance(name, str) else name)}
+        if not set(at or {}) <= set(statistics) or not taken_at <= set(fields):
             raise ValueError(f"loss {name!r}: at maps statistics of the loss to parameters of it, not {at}")
         config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
         parameters = create_model(f"{name}_parameters", __config__=config, **fields)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Losses of one row: functions of log p of the target, and of a few other numbers of the row.
+"""Losses of one row: functions of log p of the target.
 
 Each takes ``logp`` (N,), float32 or float64, and returns one value a row, (N,). p is exp(logp).
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine.numerics import log_one_minus_exp, one_minus_exp
 from . import reference
-from .bounds import AtLeastMinus1, Fraction, FractionBelow1, NonNegative, Number, Positive, PositiveFraction
+from .bounds import AtLeastMinus1, Fraction, FractionBelow1, NonNegative, Positive, PositiveFraction
 from .hookspecs import hookimpl
 
 
@@ -25,6 +25,11 @@ def cross_entropy(logp: Tensor, mean_logp: Tensor | None, label_smoothing: Fract
     Helps: nearly always; the usual loss, and the safe part of a mixture with any other.
     Hurts: where a few wrong labels have p near 0, as their gradient is as large as it gets; label smoothing spends
         probability on the whole vocabulary.
+
+    Args:
+        logp: (N,), log p of the target.
+        mean_logp: (N,), mean of the log p of all tokens; None without label smoothing.
+        label_smoothing: Share of the uniform distribution in the target.
     """
     if mean_logp is None:
         return -logp
@@ -38,6 +43,11 @@ def focal(logp: Tensor, gamma: NonNegative = 2.0, alpha: Positive = 1.0) -> Tens
     Source: Lin et al. 2017, Focal Loss for Dense Object Detection, arXiv:1708.02002
     Helps: where most tokens are easy and the few hard ones decide, as in formulas and short answers.
     Hurts: with wrong labels, which are the hardest tokens of all; and the model ends up less sure of what it knows.
+
+    Args:
+        logp: (N,), log p of the target.
+        gamma: 0 is cross-entropy; a larger one leaves easy tokens out.
+        alpha: Factor of the value.
     """
     # The derivative of 0^gamma is infinite for gamma < 1, and the value 0 * log p is 0: keep away from 0.
     return -alpha * one_minus_exp(logp).clamp_min(_tiny(logp)) ** gamma * logp
@@ -55,6 +65,12 @@ def self_adjusting_dice(
     Source: Li et al. 2020, Dice Loss for Data-imbalanced NLP Tasks, arXiv:1911.02855
     Helps: beside cross-entropy, where rare labels matter; published for tagging and classification.
     Hurts: alone, as its gradient vanishes at p = 0 and turns around at p = 1 / (1 + alpha).
+
+    Args:
+        logp: (N,), log p of the target.
+        alpha: Power of the weight; 0 is the Dice loss of p.
+        smooth: Added above and below.
+        detach_weight: Whether the weight is a constant.
     """
     log_weight = alpha * one_minus_exp(logp).clamp_min(_tiny(logp)).log()
     log_q = logp + (log_weight.detach() if detach_weight else log_weight)
@@ -68,6 +84,10 @@ def poly(logp: Tensor, epsilon: AtLeastMinus1 = 1.0) -> Tensor:
     Source: Leng et al. 2022, PolyLoss, arXiv:2204.12511
     Helps: a small change of cross-entropy with one number to tune; published for images.
     Hurts: little; a larger epsilon makes the model surer of itself. No evidence in fine-tuning yet.
+
+    Args:
+        logp: (N,), log p of the target.
+        epsilon: 0 is cross-entropy; -1 leaves the first term out.
     """
     return epsilon * one_minus_exp(logp) - logp
 
@@ -82,6 +102,10 @@ def gce(logp: Tensor, q: PositiveFraction = 0.7) -> Tensor:
     Helps: with wrong or noisy labels, as one of them cannot dominate.
     Hurts: where much is new to the model: the gradient is p^q times that of cross-entropy, so tokens with p near 0
         are hardly learnt.
+
+    Args:
+        logp: (N,), log p of the target.
+        q: Near 0 it is cross-entropy, 1 is the mean absolute error.
     """
     return one_minus_exp(q * logp) / q
 
@@ -93,6 +117,10 @@ def encouraging(logp: Tensor, log_end: FractionBelow1 = 0.75) -> Tensor:
     Source: Zhao et al. 2022, Well-classified Examples are Underestimated, arXiv:2110.06537
     Helps: where the model is mostly right and should become surer; the authors advise a low log_end where it is not.
     Hurts: calibration, and data with wrong labels that the model believes already; values are below 0.
+
+    Args:
+        logp: (N,), log p of the target.
+        log_end: p from which on the bonus is a straight line.
     """
     end = 1 - log_end
     wrong = one_minus_exp(logp)
@@ -109,6 +137,10 @@ def dft(logp: Tensor, beta: NonNegative = 1.0) -> Tensor:
     Helps: strong base models on data near to what they know, such as mathematics.
     Hurts: where much is new to the model, as tokens with p near 0 are hardly learnt; and its value is no measure of
         progress.
+
+    Args:
+        logp: (N,), log p of the target.
+        beta: Power of the weight; 0 is cross-entropy.
     """
     return -(beta * logp).exp().detach() * logp
 
@@ -121,6 +153,11 @@ def z_regularized(logp: Tensor, lse: Tensor, coefficient: NonNegative = 1e-4) ->
     Helps: long training in low precision, where logits drift.
     Hurts: little in short fine-tuning, where it rarely matters; a large coefficient pulls at the logits of a base model
         that was trained without it.
+
+    Args:
+        logp: (N,), log p of the target.
+        lse: (N,), log of the sum of the exponentials of the row's logits.
+        coefficient: Of its square; 0 is cross-entropy.
     """
     return coefficient * lse**2 - logp
 
@@ -134,6 +171,11 @@ def ldam(logp: Tensor, rarity: Tensor, max_margin: Positive = 0.5) -> Tensor:
     Source: Cao et al. 2019, Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, arXiv:1906.07413
     Helps: classes of very unequal size, in images. No evidence in fine-tuning yet.
     Hurts: most tokens are rare, so nearly all get a margin; the model becomes surer than the data say.
+
+    Args:
+        logp: (N,), log p of the target.
+        rarity: (N,), (n_min / n_y)^(1/4).
+        max_margin: That of the rarest token.
     """
     margin = max_margin * rarity
     # log of (p e^-m + 1 - p), which the margin makes of the sum of all exp(z)
@@ -157,111 +199,6 @@ def thresholded(logp: Tensor, threshold: Fraction = 0.1, keep: Literal["above", 
     """
     left_out = logp.exp() < threshold if keep == "above" else logp.exp() >= threshold
     return -logp.masked_fill(left_out, 0)
-
-
-def deft(logp: Tensor, collision: Tensor) -> Tensor:
-    """Between cross-entropy, where the model spreads its probability, and 1 - p, where it is sure: gce with its own q.
-
-    The gradient is sg(p)^a times that of cross-entropy.
-
-    Formula: (1 - p^a) / a, a = sg(sum_j p_j^2), sg without gradient
-    Source: Wang et al. 2026, Gradients Must Earn Their Influence, arXiv:2602.11424, its DEFT
-    Helps: as dft, but on rows where the model is unsure it learns as cross-entropy does; its authors' experiments.
-    Hurts: correcting a model that is sure and wrong, as p is near 0 and a near 1 there. The value is no measure of
-        progress.
-
-    Args:
-        logp: (N,), log p of the target.
-        collision: (N,), sum of the squares of the row's probabilities.
-    """
-    a = collision.detach()
-    return one_minus_exp(a * logp) / a
-
-
-def brier(logp: Tensor, collision: Tensor) -> Tensor:
-    """The squared distance of the row's probabilities from the target: bounded, and proper as cross-entropy is.
-
-    Formula: sum_j (p_j - [j = y])^2 = 1 - 2 p + sum_j p_j^2
-    Source: Brier 1950, Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review 78
-    Helps: calibration, and a few wrong labels, as no token costs more than 2. No evidence in fine-tuning yet.
-    Hurts: where much is new to the model: the gradient vanishes with p. Mix it with cross-entropy.
-
-    Args:
-        logp: (N,), log p of the target.
-        collision: (N,), sum of the squares of the row's probabilities.
-    """
-    return 2 * one_minus_exp(logp) - (1 - collision)
-
-
-def tofu(logp: Tensor, tempered_logp: Tensor, gamma: NonNegative = 3.0, temperature: Positive = 0.8) -> Tensor:
-    """Cross-entropy at another temperature, with the weight that focal gives to the gradient held constant.
-
-    With temperature 1 the gradient is that of focal; with gamma 0 it is cross-entropy at the temperature, times it.
-
-    Formula: -sg(g) temperature log softmax(z / temperature)_y, g = (1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p
-    Source: Diversity in Large Language Models under Supervised Fine-Tuning, 2026, arXiv:2605.00195
-    Helps: the diversity of samples, with a temperature below 1; its authors' experiments.
-    Hurts: as focal, with wrong labels; the value is no measure of progress.
-
-    Args:
-        logp: (N,), log p of the target.
-        tempered_logp: (N,), log of its probability at the temperature.
-        gamma: Weight on tokens that the model gets wrong.
-        temperature: Below 1, only tokens nearly as likely as the target are pushed down.
-    """
-    own = logp.detach()
-    wrong = one_minus_exp(own).clamp_min(_tiny(own))
-    # At gamma < 1 the power is large where p is near 1, and log p makes up for it.
-    weight = wrong**gamma - gamma * own.exp() * own * wrong ** (gamma - 1)
-    return -weight * temperature * tempered_logp
-
-
-def sed(
-    logp: Tensor, top_mass: Tensor, coefficient: NonNegative = 1.0, k: Number = 2, threshold: NonNegative = 0.5
-) -> Tensor:
-    """Cross-entropy, and where the model is unsure a pull of p towards 1/2.
-
-    A row is unsure where its ``k`` likeliest tokens have less probability than the threshold. The paper takes for it a
-    quantile over the data under the initial model, which has to be found for each model; the default is ours.
-
-    Formula: -log p + coefficient [m < threshold] (p - 1/2)^2, m the probability of the k likeliest tokens
-    Source: SED-SFT, 2026, arXiv:2602.07464; its code has both k 2 and k 10
-    Helps: the diversity of samples, where several tokens are right; its authors' experiments.
-    Hurts: with a large coefficient, tokens that have one right answer the model does not know yet.
-
-    Args:
-        logp: (N,), log p of the target.
-        top_mass: (N,), probability of the k likeliest tokens together.
-        coefficient: Of the pull; 0 is cross-entropy.
-        k: How many tokens are looked at.
-        threshold: 0 is cross-entropy; above 1 every row is pulled.
-    """
-    return coefficient * torch.where(top_mass < threshold, (logp.exp() - 0.5) ** 2, 0) - logp
-
-
-def idft(
-    logp: Tensor, entropy: Tensor, beta: Positive = 1.0, low: NonNegative = 0.1, high: NonNegative = 2.0
-) -> Tensor:
-    """dft with an exponent of each token: small where the target is less likely than the model's entropy suggests.
-
-    log p + H is 0 on average over the model's own samples. Where it is far below, the exponent is ``high`` and the
-    token hardly counts; where it is above, the exponent is small and the token counts nearly in full.
-
-    Formula: -sg(p^g) log p, g = clamp(exp(-(log p + H) / beta), low, high), H = -sum_j p_j log p_j, sg without gradient
-    Source: Towards On-Policy SFT, 2026, arXiv:2602.12222; one of two copies in its code detaches the whole loss
-    Helps: strong base models on data near to what they know; its authors' experiments.
-    Hurts: as dft, where much is new to the model; and its value is no measure of progress.
-
-    Args:
-        logp: (N,), log p of the target.
-        entropy: (N,), of the row's distribution.
-        beta: A large one makes it dft.
-        low: Least exponent; with ``high`` 0 too it is cross-entropy.
-        high: Largest exponent; where it is below ``low`` it is what counts.
-    """
-    own = logp.detach()
-    exponent = (-(own + entropy.detach()) / beta).exp().clamp(low, high)
-    return -(exponent * own).exp() * logp
 
 
 def unlikelihood(logp: Tensor) -> Tensor:
@@ -345,14 +282,8 @@ def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
     register("cross_entropy", family="token", reference=reference.cross_entropy, only_if=smoothing)(cross_entropy)
     register("focal", family="token", reference=reference.focal)(focal)
     register("self_adjusting_dice", family="token", reference=reference.self_adjusting_dice)(self_adjusting_dice)
-    for function in (poly, gce, encouraging, dft, z_regularized, ldam, weighted_cross_entropy):
+    register("ldam", family="token")(ldam)
+    for function in (poly, gce, encouraging, dft, z_regularized, thresholded, unlikelihood, weighted_cross_entropy):
         register(function.__name__, family="token")(function)
     register("anchored", family="token")(anchored)
     register("prior_weighted", family="token")(prior_weighted)
-    register("thresholded", family="token")(thresholded)
-    register("unlikelihood", family="token")(unlikelihood)
-    register("brier", family="token")(brier)
-    register("deft", family="token")(deft)
-    register("idft", family="token")(idft)
-    register("tofu", family="token", at={"tempered_logp": "temperature"})(tofu)
-    register("sed", family="token", at={"top_mass": "k"})(sed)
