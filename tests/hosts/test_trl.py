@@ -547,7 +547,7 @@ def test_the_example_script(conversations, run_program, tmp_path):
     assert "cv_loss/lovasz" in training[-1]
 
 
-WAYS = {
+LAID_OUT = {
     "padded": {},
     "cut": {"max_length": 20, "truncation_mode": "keep_end"},
     "padding-free": {"padding_free": True, "max_length": None},
@@ -557,7 +557,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", LAID_OUT.values(), ids=LAID_OUT)
 def test_example_weights(way, make_trainer):
     """The loss is linear in the weights, so those of two halves of the examples add up to the loss of all."""
     losses = []
