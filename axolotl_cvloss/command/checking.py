@@ -82,11 +82,15 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
         report.errors += str(error).splitlines()
     if report.host == "axolotl":
         _axolotl(data, report)
+        if report.config is not None and report.config.prune:
+            report.errors += axolotl_keys.prune_conflicts(data.get)
     elif report.host == "trl":
         if theirs := [key for key in HOSTS["axolotl"] if key in data]:
             report.errors.append(f"{' and '.join(theirs)} are keys of Axolotl, which TRL does not know; see --host")
         report.errors += trl_keys.conflicts(data.get)
         report.notes += trl_keys.savers(data.get).values()
+        if report.config is not None and report.config.prune:
+            report.errors += trl_keys.prune_conflicts(data.get)
     if report.config is not None:
         report.warnings += traps(report.config)
         report.warnings += _small_sets(report.config, data)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts.transformers import ObjectiveTrainer
-from ..model.installation import uninstall
+from ..model.installation import NUMBER, uninstall
 from ..objective.config import KEY, CVLossConfig
 from ..objective.objective import Objective, ObjectiveResult
 
@@ -161,8 +161,10 @@ def probe(trainer: ObjectiveTrainer, batches: int, share: float | None = None) -
         found.handle.remove()
     uninstall(trainer.model)
 
+    ours = (*objective.config.columns, NUMBER)
+
     def own() -> None:
-        inputs = trainer._prepare_inputs({k: v for k, v in longest.items() if k not in objective.config.columns})
+        inputs = trainer._prepare_inputs({k: v for k, v in longest.items() if k not in ours})
         with trainer.compute_loss_context_manager():
             loss = model(**inputs).loss
         trainer.accelerator.backward(loss)

@@ -11,7 +11,7 @@ try:
     from ..model.installation import install, installation
     from ..objective.config import KEY, CVLossConfig
     from ..objective.objective import Objective
-    from .axolotl_keys import MAMBA, conflicts, misspelt, on_command_line, savers, spell_out
+    from .axolotl_keys import MAMBA, conflicts, misspelt, on_command_line, prune_conflicts, savers, spell_out
     from .transformers import ObjectiveTrainer, connect
 except ImportError as error:
     # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
@@ -38,7 +38,9 @@ class CVLossArgs(BaseModel):
             return data
         problems = conflicts(data.get)
         try:
-            data[KEY] = CVLossConfig.parse(data[KEY]).dump()
+            config = CVLossConfig.parse(data[KEY])
+            problems += prune_conflicts(data.get) if config.prune else []
+            data[KEY] = config.dump()
         except ValueError as error:
             problems.append(str(error))
         if problems:

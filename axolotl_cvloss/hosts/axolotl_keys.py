@@ -14,6 +14,7 @@ import yaml
 
 from ..losses.registry import available_losses
 from ..objective.config import KEY
+from . import prune_keys
 
 ValueOf = Callable[[str], Any]
 
@@ -62,6 +63,16 @@ def conflicts(value_of: ValueOf) -> list[str]:
     if trainer.startswith(("axolotl.", "trl.")) and not trainer.endswith(".AxolotlTrainer"):
         found.append(f"trainer_cls {trainer}: it computes a loss of its own; remove it")
     return [f"{KEY} cannot be used with {problem}" for problem in found]
+
+
+def prune_conflicts(value_of: ValueOf) -> list[str]:
+    """The same for one that has ``prune``."""
+    streams = ("pretraining_dataset", "streaming")
+    return prune_keys.conflicts(
+        packed="sample_packing" if value_of("sample_packing") else None,
+        streamed=next((key for key in streams if value_of(key)), None),
+        epochs=None if value_of("max_steps") else ("num_epochs", value_of("num_epochs") or 1),
+    )
 
 
 def savers(value_of: ValueOf) -> dict[str, str]:

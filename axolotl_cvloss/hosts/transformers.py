@@ -19,8 +19,9 @@ from transformers.utils import logging
 from ..engine.rows import COMPLETION
 from ..engine.sets import SetCounts
 from ..engine.vocabulary import count_labels
-from ..model.installation import Evaluation, Installation, installation
+from ..model.installation import NUMBER, Evaluation, Installation, installation
 from ..objective.objective import Objective, ObjectiveResult
+from . import pruning
 from .columns import ColumnCollator
 from .short_answers import FEW_TOKENS, measures_overlap, told
 from .trl_keys import parallel, savers
@@ -90,6 +91,37 @@ class ObjectiveTrainer(Trainer):
     _cv_lost: set[int]  # steps since the last _cv_check of which the objective was NaN on this rank
     _cv_checked: int  # the last step of _cv_check
     _cv_virtual_tokens: int
+    _cv_pruning: pruning.Pruning | None
+
+    def get_train_dataloader(self) -> Any:
+        if self._cv_pruning is None:
+            return super().get_train_dataloader()
+        trainer: Any = self
+        given = trainer.train_dataset, trainer.data_collator
+        trainer.train_dataset = pruning.numbered(trainer.train_dataset)
+        trainer.data_collator = pruning.NumberCollator(trainer.data_collator)
+        trainer._set_signature_columns_if_needed()
+        if NUMBER not in trainer._signature_columns:
+            trainer._signature_columns.append(NUMBER)
+        try:
+            return pruning.place(super().get_train_dataloader(), self._cv_pruning)
+        finally:
+            trainer.train_dataset, trainer.data_collator = given
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, *more: Any
+    ) -> tuple[int, int]:
+        """The epoch to go on with, and its micro-batches so far. Trainer finds them in the length of whole epochs."""
+        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, *more)
+        if self._cv_pruning is None:
+            return found
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step = self.get_total_train_batch_size(self.args)
+        self._cv_pruning.start(len(self.train_dataset), max_steps, num_update_steps_per_epoch, step, seed)
+        if not self.state.global_step:  # from the beginning
+            return found
+        epoch, steps = self._cv_pruning.resume(checkpoint, self.args.process_index == 0)
+        return epoch, steps * self.args.gradient_accumulation_steps
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.
@@ -249,7 +281,10 @@ class ObjectiveTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
+        if self._cv_pruning is None:
+            self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
+        else:
+            self.cv_loss.progress = self._cv_pruning.progress
         self._cv_asked = False
         self._cv_check()
         self.cv_loss.sample = self._cv_samples()
@@ -357,6 +392,8 @@ class ObjectiveTrainer(Trainer):
         if "loss" in logs:
             self._cv_compare()  # here too, for a trainer with a training_step of its own
             logs.update(self._cv_flush(training=True))
+            if self._cv_pruning is not None:
+                logs["cv_loss/prune/left_out"] = self._cv_pruning.left_out
             self._cv_tell_of_short_answers(logs)
         # Perplexity is exp of the NLL, not of the objective.
         for key in [key for key in logs if key == "ppl" or key.endswith("_ppl")]:
@@ -439,11 +476,13 @@ def connect(trainer: Trainer) -> None:
     # From TrainingArguments, the command line or the environment, or from a model that is split already.
     if problems := parallel(getattr(trainer.accelerator, "parallelism_config", None)):
         raise RuntimeError("\n".join(problems))
-    if problems := conflicts(trainer.model, installed.objective.config):
+    config = installed.objective.config
+    problems = conflicts(trainer.model, config) + (pruning.conflicts(trainer) if config.prune else [])
+    if problems:
         raise RuntimeError("\n".join(problems))
     switch_off(trainer.args)
     installed.objective = _complete(installed.objective, trainer)
-    if wanted := installed.objective.config.columns:
+    if wanted := config.columns:
         trainer.data_collator = ColumnCollator(trainer.data_collator, wanted)
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
@@ -457,6 +496,9 @@ def connect(trainer: Trainer) -> None:
     trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_told = trainer._cv_reported = False
     trainer._cv_lost, trainer._cv_checked = set(), 0
     trainer._cv_virtual_tokens = virtual_tokens(trainer.model)
+    trainer._cv_pruning = installed.pruning = pruning.Pruning(config.prune) if config.prune else None
+    if trainer._cv_pruning is not None:
+        trainer.add_callback(trainer._cv_pruning)
     installed.listeners = [_recorder(trainer)]
     # Without these the gradient depends on how tokens fall into micro-batches and ranks.
     trainer.model_accepts_loss_kwargs = True

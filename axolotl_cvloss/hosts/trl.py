@@ -23,9 +23,11 @@ from trl.trainer import sft_trainer
 from ..model.installation import install, installation
 from ..objective.config import KEY, ConfigError, CVLossConfig
 from ..objective.objective import Objective
+from . import prune_keys
 from .columns import per_token
+from .pruning import streamed
 from .transformers import ObjectiveTrainer, attach, switch_off
-from .trl_keys import conflicts, parallel
+from .trl_keys import conflicts, parallel, prune_conflicts
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +50,8 @@ class CVLossSFTConfig(SFTConfig):
         problems = conflicts(partial(getattr, self))
         try:
             config = CVLossConfig.parse(self.cv_loss)
+            if config.prune is not None:
+                problems += prune_conflicts(lambda name: getattr(self, name, None))
             self.cv_loss = config.dump()
         except ConfigError as error:
             problems.append(str(error))
@@ -77,6 +81,9 @@ class CVLossSFTTrainer(SFTTrainer):
                 f"{KEY} cannot be used with compute_loss_func: it brings another loss; remove it and register yours "
                 "with register_loss"
             )
+        data = named.get("train_dataset", more[1] if len(more) > 1 else None)
+        if CVLossConfig.parse(args.cv_loss).prune is not None and streamed(data):
+            raise ConfigError("\n".join(prune_keys.conflicts(streamed="a streamed dataset")))
         switch_off(args)
         with _adapters_on_the_head():
             super().__init__(model, args, *more, **named)

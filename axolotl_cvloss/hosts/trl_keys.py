@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..objective.config import KEY
+from . import prune_keys
 
 # Liger's ways to compute cross-entropy, and whether each is on where nothing is said of it. They say nothing of the
 # objective, so they are switched off; its other kernels stay.
@@ -23,6 +24,16 @@ def conflicts(value_of: Callable[[str], Any]) -> list[str]:
         instead = f"cross_entropy: {{label_smoothing: {smoothing:g}}}"
         found.append(f"label_smoothing_factor: it brings another loss; remove it and write {instead} in {KEY}")
     return [f"{KEY} cannot be used with {problem}" for problem in found] + parallel(value_of("parallelism_config"))
+
+
+def prune_conflicts(value_of: Callable[[str], Any]) -> list[str]:
+    """The same where the key has ``prune``."""
+    steps, epochs = value_of("max_steps"), value_of("num_train_epochs")
+    return prune_keys.conflicts(
+        packed="packing" if value_of("packing") else None,
+        streamed="streaming" if value_of("streaming") else None,
+        epochs=None if isinstance(steps, int) and steps > 0 else ("num_train_epochs", 3 if epochs is None else epochs),
+    )
 
 
 def savers(value_of: Callable[[str], Any]) -> dict[str, str]:

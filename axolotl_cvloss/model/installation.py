@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cv_loss_installation"
 _REPLACED = "_cv_loss_replaced"
+NUMBER = "cv_loss_number"  # of a batch: the number of each example in the training set, where ``prune`` asks for it
 _ROW_INPUTS = ("position_ids", "attention_mask", "input_ids")
 
 
@@ -48,14 +49,24 @@ class _Replaced:
     ours: Callable[..., Any]
 
 
+class Pruning(Protocol):
+    """What a trainer knows of ``prune``."""
+
+    def weights_of(self, numbers: Tensor) -> Tensor | None:
+        """What examples weigh; None: all alike."""
+
+    def add(self, numbers: Tensor, logp: Tensor) -> None:
+        """The example of each trained row of a micro-batch, and its log p."""
+
+
 class Installation:
     """An objective in a model.
 
     ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
     terms whose rows are not the ones that ``num_items_in_batch`` counts; ``counted`` is whether the last forward was
     given that; ``sample`` is whether the next results shall have ``gradients``; ``evaluation`` is what a trainer says
-    of a batch that it evaluates on. Without one the outputs have logits where the model is in evaluation mode, and in
-    training only where the objective needs them.
+    of a batch that it evaluates on; ``pruning`` is that of a trainer that leaves examples out. Without an evaluation
+    the outputs have logits where the model is in evaluation mode, and in training only where the objective needs them.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -66,6 +77,7 @@ class Installation:
         self.progress = 0.0  # how much of training is done, for what follows a schedule
         self.counted = self.sample = False
         self.evaluation: Evaluation | None = None
+        self.pruning: Pruning | None = None
         self._columns = objective.config.columns
         if objective.config.needs_logits and objective.config.head != "logits":
             logger.warning(f"cv_loss: {objective} {NEEDS_LOGITS}; `head: logits` silences this warning")
@@ -89,7 +101,7 @@ class Installation:
                 return _original(module)(*args, **kwargs)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             if named.get("labels") is None and named.get("shift_labels") is None:
-                for name in ("num_items_in_batch", *installed._columns):
+                for name in ("num_items_in_batch", NUMBER, *installed._columns):
                     kwargs.pop(name, None)
                 return installed.original(*args, **kwargs)
             return installed._forward(**named)
@@ -160,6 +172,7 @@ class Installation:
         **inputs: Any,
     ) -> Any:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
+        numbers = inputs.pop(NUMBER, None)
         columns = self.columns(inputs) if self.model.training else _columns(inputs, self._columns)
         inputs = {name: value for name, value in inputs.items() if name not in self._columns}
         run = partial(self.original, **inputs, return_dict=True)
@@ -173,6 +186,16 @@ class Installation:
             "sample": self.sample,
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
+        if self.model.training and self.objective.config.prune is not None:
+            if self.pruning is None or numbers is None:
+                raise ValueError(
+                    "cv_loss.prune: no trainer leaves examples out here; call attach(trainer), and leave prune "
+                    "out in a loop of your own"
+                )
+            numbers = numbers.view(len(numbers), -1).expand_as(given["labels"])
+            if (drawn := self.pruning.weights_of(numbers)) is not None:
+                weights = columns.get(self.objective.config.example_weights or "")
+                given["example_weights"] = drawn if weights is None else drawn * weights.view(len(weights), -1)
         mask, length = given["attention_mask"], given["labels"].shape[-1]
         if mask is not None and mask.dim() == 2:  # it may begin with a cache, such as that of prefix tuning
             given["attention_mask"] = mask[:, -length:]
@@ -193,6 +216,10 @@ class Installation:
             result = torch.compiler.disable(self.objective.from_logits)(outputs.logits, **given)
         else:
             outputs, result = both
+        if self.model.training and self.pruning is not None:
+            of_rows = numbers.roll(-1, dims=1) if given["shift"] else numbers
+            of_rows = of_rows.flatten()[result.places.to(of_rows.device, non_blocking=True)]
+            self.pruning.add(of_rows, result.logp)
         self.counted = counts is not None
         # Of a model on several devices, the head's is not Trainer's; and Trainer scales the loss in place.
         loss = result.loss.to(given["labels"].device, copy=True)

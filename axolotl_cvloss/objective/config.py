@@ -53,6 +53,15 @@ class GoldfishConfig(BaseModel):
     h: int = Field(13, ge=1, le=10**6, description="The number of tokens before it that decide whether one is.")
 
 
+class PruneConfig(BaseModel):
+    """Examples that epochs leave out; see ``hosts/pruning.py``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    share: float = Field(0.5, gt=0, lt=1, description="The share of them that an epoch leaves out.")
+    until: float = Field(0.875, gt=0, le=1, description="The fraction of the epochs after which none is left out.")
+
+
 class TermConfig(BaseModel):
     """One weighted loss. The parameters of the loss stand beside these fields in the YAML."""
 
@@ -103,6 +112,11 @@ class CVLossConfig(BaseModel):
     example_weights: str | None = Field(
         None, min_length=1, description="A column of the dataset with a weight for each example, or for each token."
     )
+    prune: PruneConfig | None = Field(
+        None,
+        description="Leave out, in each epoch, a share of the examples whose loss is below the mean: true, or "
+        "{share: 0.5, until: 0.875}.",
+    )
     reference: bool = Field(
         False, strict=True, description="The paper's code, its slips included, to replicate its experiments."
     )
@@ -121,6 +135,8 @@ class CVLossConfig(BaseModel):
             return value
         problems: list[str] = []
         fields = _fields(value, problems)
+        if "prune" in fields:
+            fields["prune"] = _switch(PruneConfig, fields["prune"], f"{KEY}.prune", problems)
         terms = [_term(term, where, problems) for where, term in fields.pop("terms")]
         config = _validate(cls, {"terms": [], **fields}, KEY, problems, skip="terms")
         if not terms and not problems:
@@ -155,7 +171,8 @@ class CVLossConfig(BaseModel):
     def dump(self) -> dict[str, Any]:
         """The long form as plain data; ``parse`` reads it back."""
         terms = [term.dump() for term in self.terms]
-        return {"terms": terms, "head": self.head, **self.given_by, "reference": self.reference}
+        more = {} if self.prune is None else {"prune": self.prune.model_dump()}
+        return {"terms": terms, "head": self.head, **self.given_by, **more, "reference": self.reference}
 
 
 def _fields(value: Any, problems: list[str]) -> dict[str, Any]:
@@ -234,18 +251,17 @@ def _term(given: Any, where: str, problems: list[str]) -> TermConfig | None:
     return first
 
 
-def _goldfish(given: Any, where: str, problems: list[str]) -> GoldfishConfig | None:
+def _switch(model: type[BaseModel], given: Any, where: str, problems: list[str]) -> Any:
+    """What is off, on with its defaults, or on with a mapping of its fields."""
     if given is None or given is False:
         return None
     if given is True:
         given = {}
     if not isinstance(given, Mapping):
-        problems.append(
-            f"{where}.goldfish: must be true, false, or a mapping such as {{k: 4, h: 13}}, not {_show(given)}"
-        )
+        such = ", ".join(f"{name}: {field.default}" for name, field in model.model_fields.items())
+        problems.append(f"{where}: must be true, false, or a mapping such as {{{such}}}, not {_show(given)}")
         return None
-    given = {_word(key): value for key, value in given.items()}
-    return _validate(GoldfishConfig, given, f"{where}.goldfish", problems)
+    return _validate(model, {_word(key): value for key, value in given.items()}, where, problems)
 
 
 def _is_schedule(value: Any) -> bool:
@@ -257,7 +273,7 @@ def _term_of(loss: Loss, given: Mapping[str, Any], where: str, problems: list[st
     own = {field: given[field] for field in TERM_FIELDS if field in given}
     rest = {key: value for key, value in given.items() if key not in own}
     if "goldfish" in own:
-        own["goldfish"] = _goldfish(own["goldfish"], where, problems)
+        own["goldfish"] = _switch(GoldfishConfig, own["goldfish"], f"{where}.goldfish", problems)
     term = _validate(TermConfig, own, where, problems)
     parameters = _validate(loss.parameters, rest, where, problems, owner=loss)
     for field in SET_FIELDS:
@@ -366,6 +382,8 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                     problems.append(f"{KEY}.reference: {term.loss} of the paper's code has no {name}; leave it out")
         if config.example_weights is not None:
             problems.append(f"{KEY}.reference: the paper's code knows no example_weights; leave them out")
+        if config.prune is not None:
+            problems.append(f"{KEY}.reference: the paper's code knows no prune; leave it out")
         if config.head == "fused":
             problems.append(f"{KEY}.head: reference: true needs the logits; allowed with it: auto, logits")
 

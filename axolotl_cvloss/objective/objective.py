@@ -41,6 +41,7 @@ class ObjectiveResult:
         label), where ``objective.diagnose`` asks for them.
     gradients: for each term the norm of the weighted term's gradient in the logits, on a sample of the rows, where that
         was asked for.
+    places, logp: of each trained row its place among the B * T rows of logits, in main memory, and its log p, detached.
     aux_loss: what an installed model adds of its own (load balancing of experts), as it is added, detached.
     """
 
@@ -52,6 +53,8 @@ class ObjectiveResult:
     sets: dict[str, SetCounts] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    logp: Tensor = field(default_factory=lambda: torch.zeros(0))
     aux_loss: Tensor | None = None
 
 
@@ -281,7 +284,7 @@ class Objective:
         gradients = self._sampled(source_of, terms, batch) if sample and not self.config.needs_logits else {}
         with torch.autocast(device.type, enabled=False):
             outcome = compute(source, terms, batch, self.diagnose, self._known(batch))
-        return self._result(outcome, counts, gradients)
+        return self._result(outcome, batch, gradients)
 
     def _known(self, batch: Batch) -> dict[str, Tensor]:
         if self.label_counts is None:
@@ -317,18 +320,20 @@ class Objective:
                 found[term.name] = gradient.norm()
         return found
 
-    def _result(
-        self, outcome: Outcome, counts: Mapping[Selector, int], gradients: dict[str, Tensor]
-    ) -> ObjectiveResult:
+    def _result(self, outcome: Outcome, batch: Batch, gradients: dict[str, Tensor]) -> ObjectiveResult:
+        trained = batch.host.scopes[COMPLETION].nonzero().squeeze(1)
+        logp = batch.statistics["logp"].detach()
         return ObjectiveResult(
             loss=outcome.loss,
             terms={term.name: outcome.means[term.name] for term in self.terms},
             nll=outcome.nll,
-            n_tokens=counts[COMPLETION],
-            counts={term.name: counts[term.rows] for term in self.terms},
+            n_tokens=batch.counts[COMPLETION],
+            counts={term.name: batch.counts[term.rows] for term in self.terms},
             sets=outcome.sets,
             diagnostics=outcome.diagnostics,
             gradients=gradients,
+            places=batch.host.index[trained],
+            logp=logp if len(trained) == len(logp) else logp[trained.to(logp.device, non_blocking=True)],
         )
 
 

@@ -576,3 +576,32 @@ def test_liger_keeps_the_column(make_trainer):
     (batch, *_) = trainer.get_train_dataloader()
     assert batch["importance"].shape == batch["labels"].shape
     assert set(batch["importance"].unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("way", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"])
+def test_prune(way, make_trainer):
+    """Each example keeps its number and gets a loss of its own."""
+    options = {"max_steps": -1, "num_train_epochs": 3, "logging_steps": 1, **way}
+    trainer = make_trainer({**MIX, "prune": {"share": 0.9, "until": 1.0}}, **options)
+    seen = []
+
+    def see(model, inputs, given):
+        if way:
+            starts = (given["position_ids"][0] == 0).nonzero().flatten().tolist()
+            lines = given["input_ids"][0].tensor_split(starts[1:])
+            numbers = [int(part[0]) for part in given["cv_loss_number"][0].tensor_split(starts[1:])]
+        else:
+            lines = [line[mask == 1] for line, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
+            numbers = given["cv_loss_number"].tolist()
+        for line, number in zip(lines, numbers, strict=True):
+            assert trainer.train_dataset[number]["input_ids"] == line.tolist()
+        seen.extend(numbers)
+
+    trainer.cv_loss.model.register_forward_pre_hook(see, with_kwargs=True)
+    trainer.train()
+    steps = trainer.state.global_step
+    assert sorted(seen[:64]) == list(range(64))
+    assert 16 < steps < 48
+    assert len(seen) == 4 * steps
+    assert trainer.state.log_history[-2]["cv_loss/prune/left_out"] == pytest.approx(1 - steps / 48)
+    assert int(trainer._cv_pruning.losses.isnan().sum()) == 0
