@@ -18,14 +18,16 @@ from axolotl_cvloss.engine import kernels
 
 # The dtype of the logits, and whether all is asked for.
 CASES = [("bf16", False), ("bf16", True), ("fp32", True)]
+FLAGS = ("CAPPED", "MEAN", "ENTROPY", "ACCURACY", "COLLISION", "SQUARES", "TEMPERED", "BENT")
 
 
 def compiled(kernel, capability, dtype, everything):
     names = kernel.arg_names
-    constants = {name: everything for name in ("CAPPED", "MEAN", "DIAGNOSE") if name in names}
+    constants = {name: everything for name in FLAGS if name in names}
     constants["BLOCK"] = kernels.BLOCK
-    kinds = {"logits": f"*{dtype}", "labels": "*i64", "scale": "fp32", "softcap": "fp32"}
-    kinds |= dict.fromkeys(("largest", "top", "slope", "own", "mean", "found"), "*fp32")
+    kinds = {"logits": f"*{dtype}", "labels": "*i64"} | dict.fromkeys(("scale", "softcap", "temperature"), "fp32")
+    rows = ("largest", "top", "slope", "own", "mean", "of_log", "of_p", "steep", "sharp", "odds", "found")
+    kinds |= dict.fromkeys(rows, "*fp32")
     kinds |= dict.fromkeys(constants, "constexpr")
     # What Triton sees of the arguments: a buffer begins anywhere that 16 divides, and so do its padded rows.
     padded = {(names.index(name),): [["tt.divisibility", 16]] for name in ("logits", "stride", "width")}

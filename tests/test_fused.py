@@ -20,6 +20,17 @@ KEYS = {
     "document": {"focal_tversky": 0.5, "cross_entropy": 0.5},
     "numbers": {"number_token_mse": 0.5, "number_token_gaussian": {"weight": 0.3, "sigma": 4.0}, "cross_entropy": 0.5},
 }
+KEYS |= {
+    "entropy": {"confidence_penalty": {"weight": 0.5, "coefficient": 0.3}, "idft": 0.5},
+    "p squared": {"brier": 0.5, "deft": 0.2, "confidence_penalty": 0.3},
+    "squares and odds": {"squentropy": 0.3, "tofu": 0.5, "ldr": {"weight": 0.3, "temperature": 0.8}},
+    "sets beside them": {
+        "lovasz": 0.3,
+        "squentropy": 0.3,
+        "brier": 0.2,
+        "asymmetric": {"weight": 0.1, "label_smoothing": 0.0},
+    },
+}
 BOUNDS = {"plain": (1.0, None), "both": (0.5, 5.0)}
 
 
@@ -124,6 +135,13 @@ def test_the_value_of_a_term_is_the_same_to_the_bit_whatever_stands_beside_it(mo
         ("on", "focal", torch.float64, "products in float64"),
         ("on", "sparsemax", torch.float32, "sparsemax needs all logits"),
         ("on", {"cross_entropy": {"label_smoothing": 0.1}}, torch.float32, ""),
+        *(("on", KEYS[key], torch.float32, "") for key in KEYS if key != "numbers"),
+        ("on", "sed", torch.float32, "sed needs top_mass"),
+        ("on", "entropy_adaptive", torch.float32, "entropy_adaptive needs top_entropy"),
+        ("on", "spherical_z", torch.float32, "spherical_z needs height"),
+        ("on", "asymmetric", torch.float32, "asymmetric needs other_powers"),
+        ("on", "aldr", torch.float32, "aldr needs own_tempered_odds"),
+        ("on", {"ldr": 0.5, "tofu": 0.5}, torch.float32, "odds at several temperatures"),
     ],
 )
 def test_the_log_says_once_which_path_runs_and_why(monkeypatch, caplog, wish, key, dtype, reason):

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from axolotl_cvloss.engine import kernels
 
 EPS = torch.finfo(torch.float32).eps
+TEMPERATURE = 0.8
 BOUNDS = {"plain": (1.0, None), "scaled": (0.25, None), "capped": (1.0, 5.0), "both": (0.5, 30.0)}
 # 1, less than one block, more than one, exactly two; the last has rows that fill their place.
 VOCABULARIES = {1: torch.float32, 77: torch.bfloat16, 4999: torch.float32, 8192: torch.bfloat16}
@@ -62,7 +63,7 @@ def test_collect(vocab, bound):
     logits, labels = rows_of(vocab, VOCABULARIES[vocab])
     scale, softcap = BOUNDS[bound]
     view, width = placed(logits, "padded")
-    found = kernels.collect(view, labels, scale, softcap, width, mean=True, diagnose=True)
+    found = kernels.collect(view, labels, scale, softcap, width, *5 * [True], temperature=TEMPERATURE)
     z = bounded(logits.double(), scale, softcap)
     logp, target = z.log_softmax(1), z.gather(1, labels[:, None])
     # A logit keeps half an epsilon of its size or of the softcap's; distances of logits near each other lose nothing.
@@ -76,6 +77,14 @@ def test_collect(vocab, bound):
     assert roundings(distance, logp.gather(1, labels[:, None])[:, 0], scaled + (target[:, 0] - z.amax(1)).abs()) <= 8
     assert roundings(found.distance, (z - target).mean(1), 1 + capped + (z - target).abs().mean(1)) <= 16
     assert roundings(found.entropy, torch.special.entr(logp.exp()).sum(1), 1 + math.log(vocab) + capped) <= 16
+    assert roundings(found.collision, (logp.exp() ** 2).sum(1), (1 + capped) * (logp.exp() ** 2).sum(1)) <= 16
+    others = z.scatter(1, labels[:, None], -torch.inf)
+    squares = others.nan_to_num(neginf=0.0).square().sum(1)
+    assert roundings(found.squares, squares, (1 + capped) * squares.clamp_min(1e-30)) <= 16
+    assert found.possible.tolist() == (z > -torch.inf).sum(1).tolist()
+    odds = (others / TEMPERATURE).logsumexp(1) - target[:, 0] / TEMPERATURE
+    gap = (others.amax(1) - target[:, 0]).abs().nan_to_num(posinf=0.0)
+    assert roundings(found.odds, odds.clamp_min(torch.tensor(-1e30).item()), 8 + capped + gap) <= 16
     if softcap is None:  # it makes large logits equal
         assert found.accuracy.tolist() == (logits.argmax(1) == labels).tolist()
 
@@ -112,6 +121,52 @@ def test_pull(vocab, bound):
     assert view.isfinite().all()
 
 
+@pytest.mark.parametrize(("vocab", "bound"), [case for case in CASES if case[0] in (77, 4999)])
+def test_pull_of_more(vocab, bound):
+    """What entropy, the sum of p^2, squares and odds at a temperature add, against autograd in float64."""
+    dtype = VOCABULARIES[vocab]
+    logits, labels = rows_of(vocab, dtype)
+    scale, softcap = BOUNDS[bound]
+    view, width = placed(logits, "padded")
+    found = kernels.collect(view, labels, scale, softcap, width, *5 * [True], temperature=TEMPERATURE)
+    by_entropy, by_collision, by_squares, by_odds = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    by_squares *= 1e-3
+    own = torch.linspace(-1, 1, 9)
+    slope = -by_entropy * found.entropy - 2 * by_collision * found.collision
+    more = kernels.More(
+        (-by_entropy, 2 * by_collision), 2 * by_squares, (by_odds / TEMPERATURE, found.odds), TEMPERATURE
+    )
+    rows = found.largest, found.top, slope, own, None
+    kernels.pull_(view, labels, *rows, scale, softcap, width, more)
+
+    def gradient(dtype):
+        z = logits.to(dtype).requires_grad_()
+        bent = bounded(z, scale, softcap)
+        there = bent.isfinite()  # a softcap makes -inf finite
+        safe = torch.where(there, bent, torch.finfo(dtype).min / 4)
+        logp = safe.log_softmax(1)
+        p = logp.exp()
+        place = torch.nn.functional.one_hot(labels, vocab).bool()
+        others = safe.masked_fill(place, -torch.inf) / TEMPERATURE
+        odds = others.logsumexp(1) - safe.gather(1, labels[:, None])[:, 0] / TEMPERATURE
+        squares = torch.where(there & ~place, bent, 0).square().sum(1)
+        total = by_entropy.to(dtype) * -(p * logp).sum(1) + by_collision.to(dtype) * (p**2).sum(1)
+        total = total + by_squares.to(dtype) * squares + by_odds.to(dtype) * odds
+        (dz,) = torch.autograd.grad(total.sum(), z, retain_graph=True)
+        (bend,) = torch.autograd.grad(bent[there].sum(), z)
+        return torch.where(place, own.to(dtype)[:, None] * bend, torch.where(there, dz, 0)).detach()
+
+    exact, plain = gradient(torch.float64), gradient(torch.float32)
+    error = torch.where(logits.isfinite(), (view.double() - exact).abs(), 0)
+    size = exact.abs().amax(1, keepdim=True)
+    # As above; logits of 1e5 are squared too, and the odds know distances to some roundings of them.
+    gap = (found.largest - found.target).abs()[:, None] / TEMPERATURE
+    allowed = 3 * (plain.double() - exact).abs().amax(1, keepdim=True) + (32 + 4 * (softcap or 0) + gap) * EPS * size
+    allowed = allowed + (exact.abs() * 2**-7 if dtype == torch.bfloat16 else 0)
+    assert (error <= allowed).all()
+    assert view.isfinite().all()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "strided"])
 def test_only_what_may_be_touched_is(layout):
     logits, labels = rows_of(77, torch.bfloat16)
@@ -141,7 +196,7 @@ def test_a_row_without_a_value_has_none():
 
 def test_no_rows():
     labels, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-    assert kernels.collect(torch.zeros(0, 5), labels, diagnose=True).entropy.shape == (0,)
+    assert kernels.collect(torch.zeros(0, 5), labels, entropy=True).entropy.shape == (0,)
     assert kernels.pull_(torch.zeros(0, 5), labels, rows, rows, rows, rows).shape == (0, 5)
 
 
@@ -162,8 +217,9 @@ def test_what_they_are_compiled_to(tmp_path):
         of_all = 16 * (2 if each["dtype"] == "bf16" else 4)  # bytes of a thread's 16 entries
         assert len(loads) * 16 == of_all, each
         assert len(stores) * 16 == (of_all if pulls else 0), each
-        assert of_a_row[0] <= (6 if pulls else 3), each
-        assert of_a_row[1] <= (0 if pulls else 6), each
+        more = 6 if each["everything"] else 0
+        assert of_a_row[0] <= (6 + more if pulls else 3), each
+        assert of_a_row[1] <= (0 if pulls else 4 + more), each
         assert each["stack"] == each["local"] == 0, each
 
 

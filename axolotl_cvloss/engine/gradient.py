@@ -29,7 +29,9 @@ class LogitGradient:
     columns: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (C,) and (n, C)
     mean: Tensor | None = None
     dense: Tensor | None = None
-    view: FusedView | None = None  # has p, in place of it
+    view: FusedView | None = None  # has p, in place of it, and adds what follows
+    more: Mapping[Key, Tensor] = field(default_factory=dict)  # cotangents of other statistics that are not in p
+    values: Mapping[Key, Tensor] = field(default_factory=dict)  # of the rows
 
     @classmethod
     def build(
@@ -62,12 +64,13 @@ class LogitGradient:
             rest = rest - weighted.sum(1)
         slope, own = rest - pull, pull * one_minus_exp(logp) + rest * logp.exp()
         more = {key: cotangent for key, cotangent in cotangents.items() if key not in FACTORED}
-        if more and values is not None:
-            own, slope = _bend(p, z, labels, slope, own, more, {**values, "logp": logp})
+        known = {**(values or {}), "logp": logp}
+        own = _with_others(own, labels, more, known)
         if p is not None:
+            slope, more = _bend(p, z, labels, slope, more, known), {}
             p.scatter_(1, labels[:, None], 0)
         found = [(window.columns, weighted) for window, weighted in columns]
-        return cls(p, slope, labels, own, found, mean)
+        return cls(p, slope, labels, own, found, mean, more=more, values=known)
 
     def scaled(self, factor: float) -> "LogitGradient":
         if factor == 1:
@@ -138,32 +141,42 @@ class LogitGradient:
         return total
 
 
-def _bend(
-    p: Tensor | None,
-    z: Tensor | None,
-    labels: Tensor,
-    slope: Tensor,
-    own: Tensor,
-    cotangents: Mapping[Key, Tensor],
-    values: Mapping[Key, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Put what further statistics add to the gradient into p, by rows in a unit of their own; the new own and slope."""
-    columns = {key: x[:, None] for key, x in values.items()}
-    whole = Block(labels, columns["largest"], labels, labels, columns)
-    pulled: dict[str, list[tuple[Key, Tensor]]] = {"z": [], "p": []}
+def _with_others(own: Tensor, labels: Tensor, cotangents: Mapping[Key, Tensor], values: Mapping[Key, Tensor]) -> Tensor:
+    """The gradient at the target, with what further statistics add to it."""
     for key, cotangent in cotangents.items():
         statistic, parameter = named(key)
         if statistic.own is not None:
-            own = own + cotangent * statistic.own(whole, parameter).squeeze(1)
+            own = own + cotangent * statistic.own(_of_rows(labels, values), parameter).squeeze(1)
+    return own
+
+
+def _of_rows(labels: Tensor, values: Mapping[Key, Tensor]) -> Block:
+    """A block for what takes no more than the statistics of rows."""
+    columns = {key: x[:, None] for key, x in values.items()}
+    return Block(labels, columns["largest"], labels, labels, columns)
+
+
+def _bend(
+    p: Tensor,
+    z: Tensor | None,
+    labels: Tensor,
+    slope: Tensor,
+    cotangents: Mapping[Key, Tensor],
+    values: Mapping[Key, Tensor],
+) -> Tensor:
+    """Put what further statistics add to the gradient into p, by rows in a unit of their own; the new slope."""
+    pulled: dict[str, list[tuple[Key, Tensor]]] = {"z": [], "p": []}
+    for key, cotangent in cotangents.items():
+        statistic, parameter = named(key)
         if statistic.pull is not None:
-            times = cotangent[:, None] * statistic.times(whole, parameter)
+            times = cotangent[:, None] * statistic.times(_of_rows(labels, values), parameter)
             pulled[statistic.of].append((key, times))
     every = [times.abs() for found in pulled.values() for _, times in found]
     if not every:
-        return own, slope
-    assert p is not None  # a source that mixes is not asked to
+        return slope
     unit = sum(every, slope.abs()[:, None]).clamp_min(torch.finfo(p.dtype).tiny)
     parts = {of: [(key, times / unit) for key, times in found] for of, found in pulled.items()}
+    columns = _of_rows(labels, values).values
     for rows in blocks(p):
         here = {key: x[rows] for key, x in columns.items()}
         block = Block(labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here)
@@ -172,7 +185,7 @@ def _bend(
         block.p.mul_(share if factor is None else factor.add_(share))
         if added is not None:
             block.p.add_(added)
-    return own, unit.squeeze(1)
+    return unit.squeeze(1)
 
 
 def _derivative(block: Block, pulled: Sequence[tuple[Key, Tensor]]) -> Tensor | None:

@@ -19,7 +19,9 @@ BLOCK, WARPS = 4096, 8  # entries of a row at a time, and who reads them: 16 eac
 class Collected:
     """Of each row (n,): the largest logit, its log p, the target's logit, and what else was asked for.
 
-    distance: mean of all logits less the target's. accuracy: 1 where the target is the (first) largest.
+    distance: mean of all logits less the target's. accuracy: 1 where the target is the (first) largest. collision:
+    sum of p^2. squares, possible: sum of the squares of the other logits that are not -inf, and number of all that are
+    not. odds: log of the sum of e^((z - target's) / temperature) over the others.
     """
 
     largest: Tensor
@@ -28,6 +30,10 @@ class Collected:
     distance: Tensor | None = None
     entropy: Tensor | None = None
     accuracy: Tensor | None = None
+    collision: Tensor | None = None
+    squares: Tensor | None = None
+    possible: Tensor | None = None
+    odds: Tensor | None = None
 
 
 def collect(
@@ -37,7 +43,11 @@ def collect(
     softcap: float | None = None,
     width: int | None = None,
     mean: bool = False,
-    diagnose: bool = False,
+    entropy: bool = False,
+    accuracy: bool = False,
+    collision: bool = False,
+    squares: bool = False,
+    temperature: float | None = None,
 ) -> Collected:
     """Numbers of rows of logits (n, V), of which it reads each once.
 
@@ -47,17 +57,32 @@ def collect(
         logits: Entries of a row stand beside each other.
         labels: (n,), the targets, each in the vocabulary.
         width: How many entries of a row may be touched: V, or more where there is room for it; see ``pull_``.
-        mean, diagnose: The distance too; entropy and accuracy too.
+        mean, entropy, accuracy, collision, squares: The distance too, and so on.
+        temperature: The odds at it too.
     """
-    found = torch.empty(6, len(logits), dtype=torch.float32, device=logits.device)
+    found = torch.empty(10, len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         collect_kernel[(len(logits),)](
-            *_rows_of(logits, labels, width), found, len(logits), scale, softcap or 1.0,
-            CAPPED=softcap is not None, MEAN=mean, DIAGNOSE=diagnose, BLOCK=_block(logits), num_warps=WARPS,
+            *_rows_of(logits, labels, width), found, len(logits), scale, softcap or 1.0, temperature or 1.0,
+            CAPPED=softcap is not None, MEAN=mean, ENTROPY=entropy, ACCURACY=accuracy, COLLISION=collision,
+            SQUARES=squares, TEMPERED=temperature is not None, BLOCK=_block(logits), num_warps=WARPS,
         )  # fmt: skip
-    largest, top, target, distance, entropy, accuracy = found
-    more = (distance if mean else None, entropy if diagnose else None, accuracy if diagnose else None)
-    return Collected(largest, top, target, *more)
+    wanted = (mean, entropy, accuracy, collision, squares, squares, temperature is not None)
+    return Collected(*found[:3], *(x if here else None for x, here in zip(found[3:], wanted, strict=True)))
+
+
+@dataclass
+class More:
+    """What ``pull_`` adds where other statistics have a gradient: numbers of each row (n,), float32.
+
+    bend: times log p and times p, added to the slope. steep: times the logit, which is 0 where it is -inf. sharp: times
+    the softmax of the others at a temperature, and the odds at it, as collected.
+    """
+
+    bend: tuple[Tensor, Tensor] | None = None
+    steep: Tensor | None = None
+    sharp: tuple[Tensor, Tensor] | None = None
+    temperature: float = 1.0
 
 
 def pull_(
@@ -71,9 +96,10 @@ def pull_(
     scale: float = 1.0,
     softcap: float | None = None,
     width: int | None = None,
+    more: More | None = None,
 ) -> Tensor:
     """The gradient in the place of the logits (n, V): slope p + mean / V, and at the target own + mean / V, times the
-    derivative of scale and softcap. With slope 1 and own 0 it is p without the target's.
+    derivative of scale and softcap. With slope 1 and own 0 it is p without the target's. ``more`` adds to the others.
 
     Args:
         largest, top: As ``collect`` found them, (n,).
@@ -81,11 +107,15 @@ def pull_(
         width: Of each row so many entries may be touched; those behind V become 0. A multiple of 16 lets a row be read
             and written 16 bytes at a time whatever V is.
     """
+    more = more or More()
+    unused = slope, slope
     if len(logits):
         pull_kernel[(len(logits),)](
             *_rows_of(logits, labels, width), largest, top, slope, own, slope if mean is None else mean,
-            scale, softcap or 1.0,
-            CAPPED=softcap is not None, MEAN=mean is not None, BLOCK=_block(logits), num_warps=WARPS,
+            *(more.bend or unused), slope if more.steep is None else more.steep, *(more.sharp or unused),
+            scale, softcap or 1.0, more.temperature,
+            CAPPED=softcap is not None, MEAN=mean is not None, BENT=more.bend is not None,
+            SQUARES=more.steep is not None, TEMPERED=more.sharp is not None, BLOCK=_block(logits), num_warps=WARPS,
         )  # fmt: skip
     return logits
 
@@ -146,18 +176,25 @@ def _derivative(z, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def collect_kernel(
-    logits, stride, V, width, labels, found, n, scale, softcap,
-    CAPPED: tl.constexpr, MEAN: tl.constexpr, DIAGNOSE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, V, width, labels, found, n, scale, softcap, temperature,
+    CAPPED: tl.constexpr, MEAN: tl.constexpr, ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, COLLISION: tl.constexpr,
+    SQUARES: tl.constexpr, TEMPERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
-    target = _bounded(tl.load(line + tl.load(labels + row)).to(tl.float32), scale, softcap, CAPPED)
+    label = tl.load(labels + row)
+    target = _bounded(tl.load(line + label).to(tl.float32), scale, softcap, CAPPED)
     # Not -inf: a block of -inf alone has no distance from it.
     largest = tl.full((), -3.4028234e38, tl.float32)
     first = tl.zeros((), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)  # sum of e^(z - largest)
     tilted = tl.zeros((BLOCK,), tl.float32)  # sum of e^(z - largest) (z - largest)
     distance = tl.zeros((BLOCK,), tl.float32)  # from the target, which keeps digits under a common offset
+    doubled = tl.zeros((BLOCK,), tl.float32)  # sum of e^(2 (z - largest))
+    squares = tl.zeros((BLOCK,), tl.float32)
+    possible = tl.zeros((BLOCK,), tl.float32)
+    tempered = tl.zeros((BLOCK,), tl.float32)  # sum of e^((z - rival) / temperature), the target left out
+    rival = largest
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         raw = tl.load(line + at, mask=at < width, other=0.0).to(tl.float32)
@@ -165,18 +202,28 @@ def collect_kernel(
         z = tl.where(at < V, z, float("-inf"))
         here = tl.max(z, 0)
         above = tl.maximum(largest, here)
-        if DIAGNOSE:
+        if ACCURACY:
             place = tl.min(tl.where(z == here, at, V), 0)
             first = tl.where(here > largest, place, first)
         faded = tl.exp(largest - above)
         e = tl.exp(z - above)
-        if DIAGNOSE:
+        if ENTROPY:
             # Bounded, as 0 times -inf has no value. Where the sum is 0 still, there is nothing to move.
             moved = tl.maximum(largest - above, -1e30)
             tilted = faded * (tilted + total * moved) + e * tl.maximum(z - above, -1e30)
         total = total * faded + e
+        if COLLISION:
+            doubled = doubled * (faded * faded) + e * e
         if MEAN:
             distance += tl.where(at < V, z - target, 0.0)
+        if SQUARES:
+            possible += (z > float("-inf")).to(tl.float32)
+            squares += tl.where((z > float("-inf")) & (at != label), z * z, 0.0)
+        if TEMPERED:
+            other = tl.where(at == label, float("-inf"), z)
+            ahead = tl.maximum(rival, tl.max(other, 0))
+            tempered = tempered * tl.exp((rival - ahead) / temperature) + tl.exp((other - ahead) / temperature)
+            rival = ahead
         largest = above
     mass = tl.sum(total, 0)
     top = -tl.log(mass)
@@ -185,27 +232,51 @@ def collect_kernel(
     tl.store(found + 2 * n + row, target)
     if MEAN:
         tl.store(found + 3 * n + row, tl.sum(distance, 0) / V)
-    if DIAGNOSE:
+    if ENTROPY:
         tl.store(found + 4 * n + row, -top - tl.sum(tilted, 0) / mass)
-        tl.store(found + 5 * n + row, (tl.load(labels + row) == first).to(tl.float32))
+    if ACCURACY:
+        tl.store(found + 5 * n + row, (label == first).to(tl.float32))
+    if COLLISION:
+        tl.store(found + 6 * n + row, tl.sum(doubled, 0) / (mass * mass))
+    if SQUARES:
+        # A logit of NaN is not above -inf, and must not go unseen.
+        tl.store(found + 7 * n + row, tl.sum(squares, 0) + (mass - mass))
+        tl.store(found + 8 * n + row, tl.sum(possible, 0))
+    if TEMPERED:
+        against = (rival - target) / temperature + tl.log(tl.sum(tempered, 0))
+        # Bounded, as the pull subtracts it from -inf; by no maximum, which NaN would not survive.
+        tl.store(found + 9 * n + row, tl.where(against < -1e30, -1e30, against))
 
 
 @triton.jit
 def pull_kernel(
-    logits, stride, V, width, labels, largest, top, slope, own, mean, scale, softcap,
-    CAPPED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, V, width, labels, largest, top, slope, own, mean, of_log, of_p, steep, sharp, odds,
+    scale, softcap, temperature,
+    CAPPED: tl.constexpr, MEAN: tl.constexpr, BENT: tl.constexpr, SQUARES: tl.constexpr, TEMPERED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     label = tl.load(labels + row)
     highest, log_of_it = tl.load(largest + row), tl.load(top + row)
     a, b = tl.load(slope + row), tl.load(own + row)
+    if TEMPERED:
+        target = _bounded(tl.load(line + label).to(tl.float32), scale, softcap, CAPPED)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         raw = tl.load(line + at, mask=at < width, other=0.0).to(tl.float32)
         z = _bounded(raw, scale, softcap, CAPPED)
         # Not z - lse: far from 0 that has few digits.
-        dz = tl.where(at == label, b, a * tl.exp(z - highest + log_of_it))
+        logp = z - highest + log_of_it
+        p = tl.exp(logp)
+        dz = a * p
+        if BENT:
+            dz += p * (tl.load(of_log + row) * tl.maximum(logp, -1e30) + tl.load(of_p + row) * p)
+        if SQUARES:
+            dz += tl.load(steep + row) * tl.where(z > float("-inf"), z, 0.0)
+        if TEMPERED:
+            dz += tl.load(sharp + row) * tl.exp((z - target) / temperature - tl.load(odds + row))
+        dz = tl.where(at == label, b, dz)
         if MEAN:
             dz += tl.load(mean + row) / V
         dz = tl.where(at < V, dz * _derivative(raw, scale, softcap, CAPPED), 0.0)

@@ -179,9 +179,10 @@ class _Pass:
         for part in self.parts:
             part.see(chunk, view, True, gradient)
         if isinstance(view, FusedView):
-            return self._collect(chunk, view, labels)
-        logits = view.logits()
-        found = collect(self.collected, logits, labels, self._room(logits))
+            found = view.collect(self.collected, labels)
+        else:
+            logits = view.logits()
+            found = collect(self.collected, logits, labels, self._room(logits))
         self.largest[chunk.rows], self.top[chunk.rows] = found.pop("largest"), found.pop("top")
         for key, values in found.items():
             self.batch.statistics[key][chunk.rows] = values
@@ -194,21 +195,6 @@ class _Pass:
         if self._z is None or len(self._z) < len(logits):
             self._z = torch.empty_like(logits, memory_format=torch.contiguous_format)
         return self._z[: len(logits)]
-
-    def _collect(self, chunk: Chunk, view: FusedView, labels: Tensor) -> FusedView:
-        """The statistics of a chunk by the kernel."""
-        statistics, rows = self.batch.statistics, chunk.rows
-        found = view.collect(labels, any(key in ("mean_logit", "mean_logp") for key in self.collected), self.diagnose)
-        logp = found.target - found.largest + found.top
-        values: dict[Key, Tensor] = {"logp": logp, "lse": found.largest - found.top, "target_logit": found.target}
-        if found.distance is not None:
-            values |= {"mean_logit": found.target + found.distance, "mean_logp": logp + found.distance}
-        if found.entropy is not None and found.accuracy is not None:
-            values |= {"entropy": found.entropy, "accuracy": found.accuracy}
-        for key in ("logp", "lse", *self.collected):
-            statistics[key][rows] = values[key]
-        self.largest[rows], self.top[rows] = found.largest, found.top
-        return view.know(found.largest, found.top)
 
     def _visit_again(self, chunk: Chunk) -> View:
         """A chunk with its p, once more."""

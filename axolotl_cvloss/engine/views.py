@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .statistics import STATISTICS
+from .statistics import STATISTICS, Key
 
 if TYPE_CHECKING:
     from .gradient import LogitGradient
-    from .kernels import Collected
+    from .kernels import More
     from .sources import LogitSource
     from .terms import Term
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "CVLOSS_KERNELS"
-COLLECTED = ("mean_logit", "mean_logp", "target_logit")  # statistics of all logits that the kernels have
+# Statistics of all logits that the kernels have.
+COLLECTED = (
+    *("mean_logit", "mean_logp", "target_logit", "vocab_size", "entropy", "accuracy", "collision"),
+    *("other_squares", "possible", "tempered_odds"),
+)
 
 
 class View:
@@ -73,10 +77,40 @@ class FusedView(View):
         z = raw.float() * self.scale
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def collect(self, labels: Tensor, mean: bool, diagnose: bool) -> "Collected":
+    def collect(self, keys: Sequence[Key], labels: Tensor) -> dict[Key, Tensor]:
+        """Statistics (n,), as ``statistics.collect``."""
         from . import kernels
 
-        return kernels.collect(self.raw, labels, self.scale, self.softcap, self.width, mean, diagnose)
+        names = {key[0] if isinstance(key, tuple) else key for key in keys}
+        tempered = next((key for key in keys if isinstance(key, tuple)), None)  # the only one at a parameter
+        found = kernels.collect(
+            self.raw,
+            labels,
+            self.scale,
+            self.softcap,
+            self.width,
+            mean=not names.isdisjoint(("mean_logit", "mean_logp")),
+            entropy="entropy" in names,
+            accuracy="accuracy" in names,
+            collision="collision" in names,
+            squares=not names.isdisjoint(("other_squares", "possible")),
+            temperature=None if tempered is None else float(tempered[1]),
+        )
+        self.know(found.largest, found.top)
+        logp = found.target - found.largest + found.top
+        values: dict[Key, Tensor | None] = {
+            **{"logp": logp, "lse": found.largest - found.top, "target_logit": found.target},
+            **{"entropy": found.entropy, "accuracy": found.accuracy, "collision": found.collision},
+            **{"other_squares": found.squares, "possible": found.possible},
+            "vocab_size": torch.full_like(logp, self.vocab_size),
+        }
+        if found.distance is not None:
+            values |= {"mean_logit": found.target + found.distance, "mean_logp": logp + found.distance}
+        if tempered is not None:
+            values[tempered] = found.odds
+        asked = ("logp", "lse", *keys)
+        known = {key: x for key, x in values.items() if key in asked and x is not None}
+        return {**known, "largest": found.largest, "top": found.top}
 
     def know(self, largest: Tensor, top: Tensor) -> "FusedView":
         """The largest logit of each row and its log p, (n,), which probabilities are made of."""
@@ -85,7 +119,7 @@ class FusedView(View):
 
     def take_others(self, labels: Tensor) -> Tensor:
         ones = torch.ones_like(self.top)
-        return self._pull_(labels, ones / self.scale, torch.zeros_like(ones), None)
+        return self._pull_(labels, ones / self.scale, torch.zeros_like(ones))
 
     def pull(self, gradient: "LogitGradient") -> Tensor:
         """The gradient of the matrix product, in its place."""
@@ -95,16 +129,41 @@ class FusedView(View):
             if self.softcap is not None:
                 values *= 1 - (self.at(columns) / self.softcap) ** 2
             added.append((columns, values))
-        dz = self._pull_(gradient.labels, gradient.slope, gradient.own, gradient.mean)
+        slope, more = self._more(gradient)
+        dz = self._pull_(gradient.labels, slope, gradient.own, gradient.mean, more)
         for columns, values in added:
             dz[:, columns] = (dz[:, columns].float() + values).to(dz.dtype)
         return dz
 
-    def _pull_(self, labels: Tensor, slope: Tensor, own: Tensor, mean: Tensor | None) -> Tensor:
+    @staticmethod
+    def _more(gradient: "LogitGradient") -> tuple[Tensor, "More"]:
+        """The slope, and what the kernel adds: derivatives as those of ``STATISTICS``."""
+        from . import kernels
+
+        slope, more, values = gradient.slope, kernels.More(), gradient.values
+        of_log, of_p = gradient.more.get("entropy"), gradient.more.get("collision")
+        if of_log is not None or of_p is not None:
+            zero = torch.zeros_like(slope)
+            if of_log is not None:  # -p (log p + entropy)
+                slope = slope - of_log * values["entropy"]
+            if of_p is not None:  # 2 p (p - collision)
+                slope = slope - 2 * of_p * values["collision"]
+            more.bend = zero if of_log is None else -of_log, zero if of_p is None else 2 * of_p
+        if (squares := gradient.more.get("other_squares")) is not None:
+            more.steep = 2 * squares
+        for key, cotangent in gradient.more.items():
+            if isinstance(key, tuple):
+                more.temperature = float(key[1])
+                more.sharp = cotangent / more.temperature, values[key]
+        return slope, more
+
+    def _pull_(
+        self, labels: Tensor, slope: Tensor, own: Tensor, mean: Tensor | None = None, more: "More | None" = None
+    ) -> Tensor:
         from . import kernels
 
         rows = self.largest, self.top, slope, own, mean
-        return kernels.pull_(self.raw, labels, *rows, self.scale, self.softcap, self.width)
+        return kernels.pull_(self.raw, labels, *rows, self.scale, self.softcap, self.width, more)
 
 
 def fused(source: "LogitSource", terms: Sequence["Term"]) -> bool:
@@ -133,6 +192,8 @@ def _against(source: "LogitSource", terms: Sequence["Term"]) -> str:
         for name in term.loss.statistics:
             if term.needs(name) and name in STATISTICS and name not in COLLECTED:
                 return f"{term.loss.name} needs {name}"
+    if len({term.key("tempered_odds") for term in terms if term.needs("tempered_odds")}) > 1:
+        return "odds at several temperatures"
     return _untrusted(source.tensors[0].device, source.product_dtype) if wish == "auto" else ""
 
 
