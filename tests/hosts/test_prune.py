@@ -215,7 +215,15 @@ def test_the_first_epoch_is_that_of_plain_training(pruned):
     assert len(losses[0]) < len(losses[1]) == 18
 
 
-@pytest.mark.parametrize("at", ["in the first epoch", "after it", "in a pruned one", "after that"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param("in the first epoch", marks=pytest.mark.slow),
+        "after it",
+        "in a pruned one",
+        pytest.param("after that", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_is_as_if_it_had_not_stopped(at, pruned, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3.5, "optim": "adamw_torch"}
     config = {**PRUNE, "lovasz": {"weight": {"from": 0.0, "to": 0.4}}}
