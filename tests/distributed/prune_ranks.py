@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from one_step import make_model, padded
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
@@ -96,14 +97,16 @@ def run(case, folder, checkpoint):
     return {"ranks": every, "logs": logs, "steps": trainer.state.global_step, "whole": trainer._cv_pruning.whole}
 
 
+PartialState(cpu=True)  # starts what the processes talk by
 cases = json.loads(Path(sys.argv[1]).read_text())
 found = []
 for case in cases:
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory(dir=Path(sys.argv[2]).parent) as own:
         folder = [own]
-        whole = run(case, own, None)
-        dist.broadcast_object_list(folder)  # rank 0 has written the checkpoints
-        again = run(case, own, f"{folder[0]}/checkpoint-{case['resume']}")
+        dist.broadcast_object_list(folder)  # that of rank 0 for all
+        whole = run(case, folder[0], None)
+        dist.barrier()  # rank 0 has written the checkpoints
+        again = run(case, folder[0], f"{folder[0]}/checkpoint-{case['resume']}")
         dist.barrier()
     found.append({"whole": whole, "again": again})
 if dist.get_rank() == 0:
