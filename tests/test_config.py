@@ -244,8 +244,8 @@ def test_valid_keys_mean_the_same_in_every_spelling():
             "cv_loss.focal.per: focal has one value a row, so it knows no sets; leave per out",
         ),
         ({"focal": 1, "head": "fussed"}, "cv_loss.head: must be one of auto, fused, logits, not 'fussed'"),
-        ({"focal": 1, "reference": "yes"}, "cv_loss.reference: must be true or false, not 'yes'"),
-        ({"focal": 1, "reference": 1}, "cv_loss.reference: must be true or false, not 1"),
+        ({"focal": 1, "reference": "yes"}, "cv_loss.reference: must be true, false or adapter_off, not 'yes'"),
+        ({"focal": 1, "reference": 1}, "cv_loss.reference: must be true, false or adapter_off, not 1"),
         (
             {"focal": 1, "reference": True, "head": "fused"},
             "cv_loss.head: reference: true needs the logits; allowed with it: auto, logits",

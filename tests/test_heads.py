@@ -54,7 +54,13 @@ def batch(seed=0, trained=slice(5, None)):
     labels[:, trained] = torch.randint(0, V, (B, T), generator=generator)[:, trained]
     input_ids = labels.clamp_min(3)
     position_ids = torch.cat([torch.arange(11), torch.arange(T - 11)]).expand(B, T)
-    return {"labels": labels, "input_ids": input_ids, "position_ids": position_ids}
+    reference_logps = -4 * torch.rand(B, T, generator=generator, dtype=torch.float64)
+    return {
+        "labels": labels,
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "reference_logps": reference_logps,
+    }
 
 
 def tensors(dtype=torch.float64, seed=1, size=1.0):

@@ -36,6 +36,11 @@ def test_the_name_of_the_plugin():
         ({"cross_entropy": 0.6, "generalized_dice": 0.4, "reference": True}, {}, "so it changes nothing"),
         ({"focal": 0.5, "dft": 0.5}, {}, "together they undo each other"),
         (
+            {"focal": 1, "reference": "adapter_off"},
+            {"adapter": "lora"},
+            "adapter_off changes nothing, as no term looks at a reference model",
+        ),
+        (
             {"cross_entropy": 0.6, "dice": {"weight": 0.4, "per": "batch"}},
             {"micro_batch_size": 1},
             "cv_loss.dice.per: batch is the micro-batch, and that is of one example",
@@ -44,6 +49,27 @@ def test_the_name_of_the_plugin():
 )
 def test_check_warns(key, more, warning):
     assert any(warning in line for line in check({**AXOLOTL, **more, "cv_loss": key}).warnings)
+
+
+NEEDED = "it needs log p of each token under a reference model"
+TRL = {"model_name_or_path": "some/model", "dataset_name": "some/data"}
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "error"),
+    [
+        ({**AXOLOTL, "adapter": "lora"}, "anchored", f"cv_loss.anchored: {NEEDED}"),
+        (TRL, {"cross_entropy": 0.5, "importance_weighted": 0.5}, f"cv_loss.importance_weighted: {NEEDED}"),
+        (AXOLOTL, {"anchored": 1, "reference": "adapter_off"}, "cv_loss.reference: adapter_off needs an adapter"),
+        (TRL, {"anchored": 1, "reference": "adapter_off"}, "cv_loss.reference: adapter_off needs an adapter"),
+        ({**AXOLOTL, "adapter": "qlora"}, {"anchored": 1, "reference": "adapter_off"}, None),
+        ({**TRL, "use_peft": True}, {"prior_weighted": 1, "reference": "adapter_off"}, None),
+    ],
+)
+def test_check_knows_where_the_reference_is(host, key, error):
+    report = check({**host, "cv_loss": key})
+    assert [line.startswith(error) for line in report.errors] == ([True] if error else [])
+    assert report.config.dump() == CVLossConfig.parse(report.config.dump()).dump()
 
 
 def test_plugins_as_a_text():

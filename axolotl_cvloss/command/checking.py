@@ -80,6 +80,10 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
         report.config = CVLossConfig.parse(data[KEY])
     except ConfigError as error:
         report.errors += str(error).splitlines()
+    if report.config is not None and report.host is not None:
+        no_adapter = {"axolotl": axolotl_keys.no_adapter(report.config, data.get)}
+        no_adapter["trl"] = trl_keys.no_adapter(report.config, data.get("use_peft"))
+        report.errors += report.config.without_reference() + no_adapter[report.host]
     if report.host == "axolotl":
         _axolotl(data, report)
         if report.config is not None and report.config.prune:
@@ -194,7 +198,7 @@ def _short_answers(config: CVLossConfig, data: Mapping[Any, Any]) -> list[str]:
     letters = {f"{axolotl_prompts.__name__}.{name}" for name in axolotl_prompts.LETTERS}
     if (
         not types
-        or config.reference
+        or config.papers_code
         or data.get("train_on_inputs")
         or not all(isinstance(t, str) and t in letters for t in types)
     ):
@@ -215,7 +219,7 @@ def traps(config: CVLossConfig) -> list[str]:
         if term not in trained
     ]
     used = {term.loss for term in trained}
-    if config.reference and "generalized_dice" in used:
+    if config.papers_code and "generalized_dice" in used:
         found.append(
             f"{KEY}: the paper's generalized_dice stays below 1e-20 with its own gradient, so it changes nothing; "
             "without reference: true it does"
@@ -225,6 +229,8 @@ def traps(config: CVLossConfig) -> list[str]:
             f"{KEY}: focal gives weight to tokens that the model gets wrong, {' and '.join(others)} to those that it "
             "gets right; together they undo each other"
         )
+    if config.adapter_off and not config.with_reference:
+        found.append(f"{KEY}.reference: adapter_off changes nothing, as no term looks at a reference model")
     names = " and ".join(dict.fromkeys(term.loss for term in trained))
     silent = {losses[term.loss].kind.silent_on for term in trained}
     if len(silent) == 1 and (tokens := silent.pop()):
@@ -234,7 +240,7 @@ def traps(config: CVLossConfig) -> list[str]:
             f"{KEY}: {names} without a loss of single tokens learns slowly: where the model gives a token little "
             "probability, its gradient is small too. The paper mixes 0.4 of such a loss with 0.6 of cross_entropy"
         )
-    if not config.reference and (where := _turning_point(trained)) is not None:
+    if not config.papers_code and (where := _turning_point(trained)) is not None:
         remedy = [
             f"; detach_weight: true in {term.loss} removes that"
             for term in trained

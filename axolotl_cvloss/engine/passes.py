@@ -78,6 +78,12 @@ def compute(
     return Outcome(loss, means, nll, sets, trained)
 
 
+def target_logps(source: LogitSource, batch: Batch) -> Tensor:
+    """(N,) log p of the target of each row, without gradient."""
+    _Pass(source, batch, False, {}, False, {}).run(())
+    return batch.statistics["logp"]
+
+
 class _Engine(torch.autograd.Function):
     """Forms the gradient in the forward pass, where the logits are at hand, and scales it in the backward pass."""
 

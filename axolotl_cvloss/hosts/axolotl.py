@@ -11,7 +11,16 @@ try:
     from ..model.installation import install, installation
     from ..objective.config import KEY, CVLossConfig
     from ..objective.objective import Objective
-    from .axolotl_keys import MAMBA, conflicts, misspelt, on_command_line, prune_conflicts, savers, spell_out
+    from .axolotl_keys import (
+        MAMBA,
+        conflicts,
+        misspelt,
+        no_adapter,
+        on_command_line,
+        prune_conflicts,
+        savers,
+        spell_out,
+    )
     from .transformers import ObjectiveTrainer, connect
 except ImportError as error:
     # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
@@ -40,6 +49,7 @@ class CVLossArgs(BaseModel):
         try:
             config = CVLossConfig.parse(data[KEY])
             problems += prune_conflicts(data.get) if config.prune else []
+            problems += config.without_reference() + no_adapter(config, data.get)
             data[KEY] = config.dump()
         except ValueError as error:
             problems.append(str(error))

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..losses.registry import available_losses
-from ..objective.config import KEY
+from ..objective.config import ADAPTER_OFF, KEY, CVLossConfig
 from . import prune_keys
 
 ValueOf = Callable[[str], Any]
@@ -73,6 +73,13 @@ def prune_conflicts(value_of: ValueOf) -> list[str]:
         streamed=next((key for key in streams if value_of(key)), None),
         epochs=None if value_of("max_steps") else ("num_epochs", value_of("num_epochs") or 1),
     )
+
+
+def no_adapter(config: CVLossConfig, value_of: ValueOf) -> list[str]:
+    """What is wrong where the reference is to be the model without its adapters."""
+    if not config.adapter_off or value_of("adapter"):
+        return []
+    return [f"{KEY}.reference: {ADAPTER_OFF} needs an adapter; write adapter: lora, or leave it out"]
 
 
 def savers(value_of: ValueOf) -> dict[str, str]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..engine.rows import COMPLETION
 from ..engine.sets import SetCounts
 from ..engine.vocabulary import count_labels
-from ..model.installation import NUMBER, Evaluation, Installation, installation
+from ..model.installation import NUMBER, Evaluation, Installation, installation, without_adapters
 from ..objective.objective import Objective, ObjectiveResult
 from . import pruning
 from .columns import ColumnCollator
@@ -382,7 +382,7 @@ class ObjectiveTrainer(Trainer):
         counted = {
             term.loss.name: [logs.get(f"cv_loss/{term.name}/{what}", 0) for what in ("tokens", "sets")]
             for term in self.cv_loss.objective.terms
-            if measures_overlap(term.loss, term.per) and not self.cv_loss.objective.config.reference
+            if measures_overlap(term.loss, term.per) and not self.cv_loss.objective.config.papers_code
         }
         if names := [name for name, (tokens, sets) in counted.items() if 0 < tokens <= FEW_TOKENS * sets]:
             logger.warning(told(names, "the documents have"))
@@ -480,6 +480,10 @@ def connect(trainer: Trainer) -> None:
     problems = conflicts(trainer.model, config) + (pruning.conflicts(trainer) if config.prune else [])
     if problems:
         raise RuntimeError("\n".join(problems))
+    if problems := config.without_reference():
+        raise RuntimeError("\n".join(problems))
+    if problem := without_adapters(installed.model, installed.objective):
+        raise RuntimeError(problem)
     switch_off(trainer.args)
     installed.objective = _complete(installed.objective, trainer)
     if wanted := config.columns:

@@ -6,6 +6,7 @@ transformers' Trainer here, and what SFTTrainer logs is taken from the objective
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from . import prune_keys
 from .columns import per_token
 from .pruning import streamed
 from .transformers import ObjectiveTrainer, attach, switch_off
-from .trl_keys import conflicts, parallel, prune_conflicts
+from .trl_keys import conflicts, no_adapter, parallel, prune_conflicts
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,7 @@ class CVLossSFTConfig(SFTConfig):
             config = CVLossConfig.parse(self.cv_loss)
             if config.prune is not None:
                 problems += prune_conflicts(lambda name: getattr(self, name, None))
+            problems += config.without_reference()
             self.cv_loss = config.dump()
         except ConfigError as error:
             problems.append(str(error))
@@ -84,6 +86,10 @@ class CVLossSFTTrainer(SFTTrainer):
         data = named.get("train_dataset", more[1] if len(more) > 1 else None)
         if CVLossConfig.parse(args.cv_loss).prune is not None and streamed(data):
             raise ConfigError("\n".join(prune_keys.conflicts(streamed="a streamed dataset")))
+        bound = inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *more, **named).arguments
+        adapted = not isinstance(model, str) or bound.get("peft_config") is not None  # of a model the model will tell
+        if problems := no_adapter(CVLossConfig.parse(args.cv_loss), adapted):
+            raise ConfigError("\n".join(problems))
         switch_off(args)
         with _adapters_on_the_head():
             super().__init__(model, args, *more, **named)

@@ -6,7 +6,7 @@ Imports no host: anybody can check a config.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..objective.config import KEY
+from ..objective.config import ADAPTER_OFF, KEY, CVLossConfig
 from . import prune_keys
 
 # Liger's ways to compute cross-entropy, and whether each is on where nothing is said of it. They say nothing of the
@@ -45,6 +45,13 @@ def savers(value_of: Callable[[str], Any]) -> dict[str, str]:
         for name, default in SAVERS.items()
         if value_of("use_liger_kernel") and isinstance(config, Mapping) and config.get(name, default)
     }
+
+
+def no_adapter(config: CVLossConfig, has_adapter: Any) -> list[str]:
+    """What is wrong where the reference is to be the model without its adapters."""
+    if not config.adapter_off or has_adapter:
+        return []
+    return [f"{KEY}.reference: {ADAPTER_OFF} needs an adapter: use_peft, or a peft_config; or leave it out"]
 
 
 def parallel(config: Any) -> list[str]:

@@ -80,7 +80,7 @@ def inspected(
     if attention_mask is None or attention_mask.shape != labels.shape:
         attention_mask = torch.ones_like(labels)
     head = tap.find()
-    with _undisturbed(tap.model):
+    with undisturbed(tap.model):
         if head is None:
             verdict = Verdict(unfusable="get_output_embeddings() of the model gives no head")
             trial = _Trial(None)
@@ -134,7 +134,7 @@ def telling(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model and leave no trace: no gradient, dropout, running statistic or random number."""
     training = [module for module in model.modules() if module.training]
     devices = {p.device for p in model.parameters() if p.is_cuda}

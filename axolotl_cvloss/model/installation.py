@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..engine import ranks
 from ..engine.rows import COMPLETION, IGNORE_INDEX, Selector
 from ..engine.sources import Head
-from ..objective.config import NEEDS_LOGITS
+from ..objective.config import ADAPTER_OFF, KEY, NEEDS_LOGITS
 from ..objective.objective import Objective, ObjectiveResult
+from .adapters import adapters_off, not_a_reference
 from .head import HeadTap, partitioned
-from .inspection import ANOTHER, Verdict, agree, inspected, processed, telling
+from .inspection import ANOTHER, Verdict, agree, inspected, processed, telling, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,8 @@ class Installation:
         if self._verdict is None:
             # Not by a decorator: that would load the compiler as soon as this module is imported.
             torch.compiler.disable(self._judge)(run, given["labels"], given["attention_mask"])
+        if self.objective.needs_reference and self.objective.config.adapter_off:
+            given["reference_logps"] = self._reference(run, given)
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
@@ -232,6 +235,37 @@ class Installation:
         outputs = type(outputs)(**{**outputs, "loss": loss})
         return outputs.to_tuple() if return_dict is False else outputs
 
+    def _reference(self, run: "partial[Any]", given: Mapping[str, Any]) -> Tensor:
+        """(B, T), log p of each token that trains under the model without its adapters.
+
+        In evaluation mode: what the reference says of a token follows from the tokens before it, not from dropout.
+        """
+        rows = {name: given[name] for name in ("labels", "shift", "columns", *_ROW_INPUTS)}
+        with adapters_off(self.model):
+            return self.token_logps(run, self.objective, rows)
+
+    def token_logps(self, run: "partial[Any]", objective: Objective, rows: Mapping[str, Any]) -> Tensor:
+        """(B, T), log p of each token that a term of an objective looks at, 0 elsewhere; the logits are not kept.
+
+        Args:
+            run: The model's own forward on the batch that ``rows`` tells of, once it has been looked at.
+        """
+        verdict, found = self._verdict, []
+        assert verdict is not None
+        if "use_cache" in inspect.signature(self.original).parameters:
+            run = partial(run, use_cache=False)
+
+        def take(hidden_states: Tensor, head: Head) -> Tensor:
+            given = {"scale": verdict.scale, "softcap": verdict.softcap, **rows}
+            found.append(objective.logps_from_hidden(hidden_states, head, **given))
+            return torch.zeros_like(hidden_states[..., :1])
+
+        with undisturbed(self.model):
+            if verdict.unfusable:
+                return torch.compiler.disable(objective.logps_from_logits)(run().logits, **rows)
+            self._tap.run(run, take)
+        return found[0]
+
     def _auxiliary(self, outputs: Any, device: torch.device) -> Tensor | float:
         """The auxiliary loss in the outputs, such as load balancing of a mixture of experts, as the model adds it."""
         if (aux_loss := outputs.get("aux_loss")) is None:
@@ -248,6 +282,8 @@ class Installation:
         with self._tap.alone:
             if self._verdict is not None:  # another thread was faster
                 return
+            if problems := without_adapters(self.model, self.objective):
+                raise RuntimeError(problems)
             if "use_cache" in inspect.signature(self.original).parameters:  # no model caches in training
                 run = partial(run, use_cache=False)
             if run.keywords.get("past_key_values") is not None:  # such as of prefix tuning; it grows when it is used
@@ -341,6 +377,13 @@ class Installation:
         if seen.requires_grad and head is not None and not partitioned(head):
             return "what happens to the logits of the head has weights that train"
         return ""
+
+
+def without_adapters(model: nn.Module, objective: Objective) -> str:
+    """Why the model without its adapters cannot be the reference, where the objective wants it to be; or empty."""
+    wanted = objective.needs_reference and objective.config.adapter_off
+    why = not_a_reference(_base(model)) if wanted else ""
+    return f"{KEY}.reference: {ADAPTER_OFF} cannot be used here: {why}" if why else ""
 
 
 def install(model: nn.Module, objective: Objective | Mapping[str, Any] | str) -> nn.Module:

@@ -6,15 +6,20 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..losses.registry import Loss, available_losses, nearest
 
 KEY = "cv_loss"
 NEEDS_LOGITS = "needs all logits of a batch at once, which takes more memory than fused losses do"
+ADAPTER_OFF = "adapter_off"
+NO_REFERENCE = (
+    "it needs log p of each token under a reference model; with LoRA, reference: adapter_off takes that from the model "
+    "without its adapters"
+)
 SET_FIELDS = ("per", "reduce")  # of a term, where its loss has one value a set
 MOST_PROBLEMS = 10  # that one message lists
 
@@ -117,8 +122,10 @@ class CVLossConfig(BaseModel):
         description="Leave out, in each epoch, a share of the examples whose loss is below the mean: true, or "
         "{share: 0.5, until: 0.875}.",
     )
-    reference: bool = Field(
-        False, strict=True, description="The paper's code, its slips included, to replicate its experiments."
+    reference: StrictBool | Literal["adapter_off"] = Field(
+        False,
+        description="true: the paper's code, its slips included, to replicate its experiments; adapter_off: the "
+        "reference model of losses that need one is the model without its adapters.",
     )
 
     @classmethod
@@ -152,9 +159,27 @@ class CVLossConfig(BaseModel):
         return config
 
     @property
+    def papers_code(self) -> bool:
+        return self.reference is True
+
+    @property
+    def adapter_off(self) -> bool:
+        """Whether the reference of losses that need one is the model without its adapters."""
+        return self.reference == ADAPTER_OFF
+
+    @property
+    def with_reference(self) -> list[str]:
+        """The losses that need log p under a reference model."""
+        return [term.loss for term in self.terms if available_losses()[term.loss].needs_reference]
+
+    def without_reference(self) -> list[str]:
+        """What is wrong in a host where a loss needs a reference model and the key does not say where that is."""
+        return [f"{KEY}.{name}: {NO_REFERENCE}" for name in self.with_reference if not self.adapter_off]
+
+    @property
     def needs_logits(self) -> bool:
         """Whether some term cannot do without the logits of all rows. ``NEEDS_LOGITS`` says so to users."""
-        return self.reference or any(available_losses()[term.loss].kind.on_logits for term in self.terms)
+        return self.papers_code or any(available_losses()[term.loss].kind.on_logits for term in self.terms)
 
     @property
     def given_by(self) -> dict[str, str]:
@@ -299,7 +324,7 @@ def _validate(
     """An instance of the model, or None after adding to the problems."""
     count = len(problems)
     for name, value in fields.items():
-        if isinstance(value, bool) and (field := _field(model, name)) is not None and field.annotation is not bool:
+        if isinstance(value, bool) and (field := _field(model, name)) is not None and not _may_be_bool(field):
             problems.append(f"{where}.{name}: must be {allowed(model, name)}, not {_show(value)}")
     try:
         instance = model.model_validate(fields)
@@ -332,12 +357,19 @@ def _field(model: type[BaseModel], name: str) -> FieldInfo | None:
     return next((field for n, field in model.model_fields.items() if name == (field.alias or n)), None)
 
 
+def _may_be_bool(field: FieldInfo) -> bool:
+    return field.annotation is bool or StrictBool in get_args(field.annotation)
+
+
 def allowed(model: type[BaseModel], name: str) -> str:
     """What a field takes, in words, from its annotation and bounds."""
     field = _field(model, name)
     assert field is not None
     annotation: Any = field.annotation
     choices = getattr(annotation, "__args__", ())
+    if StrictBool in choices:
+        others = [word for choice in choices if choice is not StrictBool for word in get_args(choice)]
+        return f"true, false or {', '.join(others)}"
     if type(None) in choices and len(choices) == 2:
         (annotation,) = (choice for choice in choices if choice is not type(None))
     if choices and all(isinstance(choice, str) for choice in choices):
@@ -363,7 +395,7 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                 problems.append(f"{KEY}.head: {term.loss} is written on full logits; allowed with it: auto, logits")
             if term.reduce == "global":
                 problems.append(f"{KEY}.reduce: {term.loss} is written on full logits; allowed with it: local")
-    if config.reference:
+    if config.papers_code:
         for term in config.terms:
             loss = available_losses()[term.loss]
             if loss.reference is None:

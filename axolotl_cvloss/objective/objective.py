@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..engine.batch import Batch
 from ..engine.families.paper import as_in_the_paper
-from ..engine.passes import Outcome, compute
+from ..engine.passes import Outcome, compute, target_logps
 from ..engine.rows import COMPLETION, REFERENCE, Goldfish, Rows, Selector, select_rows
 from ..engine.sets import SetCounts
 from ..engine.sources import Head, LogitSource, RandomState, TensorSource, device_of, head_source
@@ -119,7 +119,7 @@ class Objective:
                 rows = rows.only(Goldfish(term.goldfish.k, term.goldfish.h))
             made = Term(
                 name=loss.name if number == 1 else f"{loss.name}_{number}",
-                loss=as_in_the_paper(loss) if config.reference else loss,
+                loss=as_in_the_paper(loss) if config.papers_code else loss,
                 weight=term.weight,
                 rows=rows,
                 per="global" if term.reduce == "global" else term.per,
@@ -182,7 +182,7 @@ class Objective:
             return f"{term.weight:g}" if schedule is None else str(schedule)
 
         return " + ".join(f"{weight(term)} {term.name}" for term in self.terms) + (
-            " (the paper's code)" if self.config.reference else ""
+            " (the paper's code)" if self.config.papers_code else ""
         )
 
     def __repr__(self) -> str:
@@ -242,17 +242,55 @@ class Objective:
         """
         _check_shapes("hidden_states", "H", hidden_states, labels)
         if self.config.needs_logits:
-            which = "the paper's code" if self.config.reference else "a term of the family dense"
+            which = "the paper's code" if self.config.papers_code else "a term of the family dense"
             raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
         count = inputs.pop("num_items_in_batch", None)
         rows = self.select_rows(labels, **inputs)
-        hidden_states = hidden_states.to(device_of(head, hidden_states.device))
-        device = hidden_states.device
-
-        def source_of(index: Tensor) -> LogitSource:
-            return head_source(hidden_states, head, index.to(device, non_blocking=True), scale, softcap)
-
+        source_of, device = _of_hidden(hidden_states, head, scale, softcap)
         return self._compute(source_of, device, rows, count, progress, sample)
+
+    def logps_from_logits(self, logits: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
+        """Log p of each token that some term trains, and 0 elsewhere, without gradient: ``reference_logps``.
+
+        Args:
+            logits: (B, T, V) or (N, V), of a model that is to be the reference.
+            labels: (B, T) or (N,); they and the keywords are those of ``from_logits`` that tell which rows there are.
+
+        Returns:
+            In the shape of the labels, float32, or float64 for such logits.
+        """
+        _check_shapes("logits", "V", logits, labels)
+        return self._logps(partial(TensorSource, logits), logits.device, labels, inputs)
+
+    def logps_from_hidden(
+        self,
+        hidden_states: Tensor,
+        head: Tensor | nn.Module | Head,
+        labels: Tensor,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The same from hidden states under a head, without keeping the logits; see ``from_hidden``."""
+        _check_shapes("hidden_states", "H", hidden_states, labels)
+        return self._logps(*_of_hidden(hidden_states, head, scale, softcap), labels, inputs)
+
+    def _logps(
+        self,
+        source_of: Callable[[Tensor], LogitSource],
+        device: torch.device,
+        labels: Tensor,
+        inputs: dict[str, Any],
+    ) -> Tensor:
+        rows = self.select_rows(labels, **inputs)
+        source = source_of(rows.index)
+        _check_labels(rows.labels, source.vocab_size)
+        source.fused = fused(source, ())
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            found = target_logps(source, _batch(source, rows, None, device))
+        place = (rows.index + 1 if rows.shifted else rows.index).to(device, non_blocking=True)
+        return found.new_zeros(labels.numel()).index_copy_(0, place, found).view(labels.shape)
 
     def _compute(
         self,
@@ -270,17 +308,7 @@ class Objective:
         _check_labels(rows.labels, source.vocab_size)
         terms = [term.at(progress) for term in self.terms]
         source.fused = fused(source, terms)
-        counts = {selector: int(mask.sum()) for selector, mask in rows.scopes.items()}
-        batch = Batch(
-            rows=rows.to(device, source.dtype),
-            host=rows,
-            counts=counts,
-            denominators=_denominators(counts, num_items_in_batch, device),
-            averaged=num_items_in_batch is None,
-            vocab_size=source.vocab_size,
-            dtype=source.dtype,
-            at_once=source.at_once(),
-        )
+        batch = _batch(source, rows, num_items_in_batch, device)
         gradients = self._sampled(source_of, terms, batch) if sample and not self.config.needs_logits else {}
         with torch.autocast(device.type, enabled=False):
             outcome = compute(source, terms, batch, self.diagnose, self._known(batch))
@@ -335,6 +363,33 @@ class Objective:
             places=batch.host.index[trained],
             logp=logp if len(trained) == len(logp) else logp[trained.to(logp.device, non_blocking=True)],
         )
+
+
+def _of_hidden(
+    hidden_states: Tensor, head: Tensor | nn.Module | Head, scale: float, softcap: float | None
+) -> tuple[Callable[[Tensor], LogitSource], torch.device]:
+    """What makes the source of some rows, whose places it gets in main memory, and where that is."""
+    hidden_states = hidden_states.to(device_of(head, hidden_states.device))
+    device = hidden_states.device
+
+    def source_of(index: Tensor) -> LogitSource:
+        return head_source(hidden_states, head, index.to(device, non_blocking=True), scale, softcap)
+
+    return source_of, device
+
+
+def _batch(source: LogitSource, rows: Rows, num_items_in_batch: Counts, device: torch.device) -> Batch:
+    counts = {selector: int(mask.sum()) for selector, mask in rows.scopes.items()}
+    return Batch(
+        rows=rows.to(device, source.dtype),
+        host=rows,
+        counts=counts,
+        denominators=_denominators(counts, num_items_in_batch, device),
+        averaged=num_items_in_batch is None,
+        vocab_size=source.vocab_size,
+        dtype=source.dtype,
+        at_once=source.at_once(),
+    )
 
 
 def _check_shapes(name: str, last: str, tensor: Tensor, labels: Tensor) -> None:

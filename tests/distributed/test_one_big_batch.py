@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -30,7 +31,12 @@ OBJECTIVES = {
 }
 # Their sets are those of one micro-batch of all processes, so they come without accumulation.
 OVER_RANKS = {f"global {name}": [{"loss": name, **GLOBAL}] for name in ("dice", "lovasz")}
-EVERYTHING = {**OBJECTIVES, **OVER_RANKS}
+# The reference is the model without its adapters, so they come where there are some.
+WITHOUT_ADAPTERS = {
+    "adapter off": [{"loss": "importance_weighted"}, {"loss": "anchored", "weight": 0.5, "coefficient": 0.3}]
+}
+EVERYTHING = {**OBJECTIVES, **OVER_RANKS, **WITHOUT_ADAPTERS}
+MORE = {"weighted": WEIGHTS, "adapter off": {"reference": "adapter_off"}}  # of the key beside the terms
 
 # What each launch of processes runs: that of transformers' Trainer.
 PLAIN = {"processes": 1, "sharding": "none", "reshard": True, "head_unit": False, "adapter": "full"}
@@ -74,6 +80,8 @@ def untrained_rows(which, processes, accumulation):
 def make_cases(launch, objectives=EVERYTHING):
     processes, cases = LAUNCHES[launch]["processes"], []
     for name in objectives:
+        if name in WITHOUT_ADAPTERS and LAUNCHES[launch]["adapter"] == "full":
+            continue
         for accumulation in (1,) if name in OVER_RANKS else (1, 2, 4):
             for which in UNTRAINED[accumulation]:
                 if processes == 1 and which == "rank":
@@ -81,7 +89,7 @@ def make_cases(launch, objectives=EVERYTHING):
                 cases.append(
                     {
                         "name": name,
-                        "cv_loss": {"terms": EVERYTHING[name], **(WEIGHTS if name == "weighted" else {})},
+                        "cv_loss": {"terms": EVERYTHING[name], **MORE.get(name, {})},
                         "accumulation": accumulation,
                         "untrained": untrained_rows(which, processes, accumulation),
                         **LAUNCHES[launch],
@@ -112,7 +120,12 @@ def big_batch(case, autocast=False):
                 term["counts"] = count_labels(row["labels"] for row in rows).tolist()
             elif term["loss"].startswith("number"):
                 term["numbers"] = {number: float(number) for number in range(10)}
-        loss = (weighted_loss if case["name"] == "weighted" else naive_loss)(batch, logits.to(torch.float64), terms)
+        of_batch = weighted_loss if case["name"] == "weighted" else naive_loss
+        if case["name"] in WITHOUT_ADAPTERS:
+            with torch.no_grad(), model.disable_adapter():
+                base = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
+            of_batch = partial(loss_beside_a_base, base)
+        loss = of_batch(batch, logits.to(torch.float64), terms)
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         _references[key] = grads, loss.item()
@@ -127,6 +140,21 @@ def weighted_loss(batch, logits, terms):
         alone = replace(batch, labels=labels)
         total = total + row["importance"] * len(alone.rows()) / trained * naive_loss(alone, logits, terms)
     return total
+
+
+def loss_beside_a_base(base, batch, logits, terms):
+    """importance_weighted and anchored, one document after the other."""
+    weights, coefficient = [term.get("weight", 1.0) for term in terms], terms[1]["coefficient"]
+    rows, total = batch.rows(), 0.0
+    for number in sorted({document for _, _, document in rows}):
+        both = zip(*((at, y) for at, y, document in rows if document == number), strict=True)
+        places, targets = (torch.tensor(x) for x in both)
+        logp, p_ref = (z[tuple(places.T)].log_softmax(1)[range(len(targets)), targets] for z in (logits, base))
+        ratio = p_ref - logp
+        weighted = -min(16.0, float((-ratio.detach()).mean().exp())) * logp.sum()
+        anchored = -logp.exp().detach() * logp + coefficient * (ratio.exp() - 1 - ratio)
+        total = total + weights[0] * weighted + weights[1] * anchored.sum()
+    return total / len(rows)
 
 
 def distance(one, other):
@@ -146,6 +174,12 @@ def padded_or_packed(cases):
     """One of each two, in turn: every objective, and every way to accumulate, comes in both."""
     pairs = zip(cases[::2], cases[1::2], strict=True)
     return [pair[(n + QUICK_OBJECTIVES.index(pair[0]["name"])) % 2] for n, pair in enumerate(pairs)]
+
+
+@pytest.mark.hosts
+def test_the_model_without_its_adapters_is_the_reference(steps_of, record_property):
+    launch = "FSDP2, LoRA with head"
+    check(launch, make_cases(launch, WITHOUT_ADAPTERS)[::4], steps_of, record_property)
 
 
 @pytest.mark.hosts

@@ -70,6 +70,18 @@ def test_refused(plugin, keys, named, order, make_config, manager):
         validated(make_config(**keys), **others)
 
 
+@pytest.mark.parametrize(
+    ("key", "error"),
+    [
+        ("anchored", "cv_loss.anchored: it needs log p of each token under a reference model"),
+        ({"anchored": 1, "reference": "adapter_off"}, "cv_loss.reference: adapter_off needs an adapter"),
+    ],
+)
+def test_refused_without_a_reference(key, error, make_config, manager):
+    with pytest.raises(ValueError, match=error):
+        validated(make_config(cv_loss=key))
+
+
 CUT, FUSED = "cut_cross_entropy", "liger_fused_linear_cross_entropy"
 
 

@@ -384,6 +384,15 @@ def test_refused_options(arguments, message, tmp_path):
         CVLossSFTConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "cv_loss": MIX, **arguments})
 
 
+def test_a_loss_without_its_reference_is_refused_before_the_model_is_loaded(tmp_path):
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    with pytest.raises(ValueError, match=r"cv_loss\.anchored: it needs log p of each token under a reference model"):
+        CVLossSFTConfig(cv_loss="anchored", **given)
+    args = CVLossSFTConfig(cv_loss={"anchored": 1, "reference": "adapter_off"}, **given)
+    with pytest.raises(ValueError, match=r"cv_loss\.reference: adapter_off needs an adapter: use_peft"):
+        CVLossSFTTrainer("no such model", args)
+
+
 def test_a_loss_function_is_refused_before_the_model_is_loaded(tmp_path):
     args = CVLossSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, cv_loss=MIX)
     with pytest.raises(ValueError, match=r"cannot be used with compute_loss_func.*register_loss"):
