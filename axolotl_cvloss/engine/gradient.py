@@ -177,9 +177,10 @@ def _bend(
     unit = sum(every, slope.abs()[:, None]).clamp_min(torch.finfo(p.dtype).tiny)
     parts = {of: [(key, times / unit) for key, times in found] for of, found in pulled.items()}
     columns = _of_rows(labels, values).values
+    rooms: list[Tensor] = []
     for rows in blocks(p):
         here = {key: x[rows] for key, x in columns.items()}
-        block = Block(labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here)
+        block = Block(labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here, rooms=rooms)
         added, factor = (_derivative(block, [(key, times[rows]) for key, times in parts[of]]) for of in ("z", "p"))
         share = (slope[:, None] / unit)[rows]
         block.p.mul_(share if factor is None else factor.add_(share))
@@ -194,7 +195,7 @@ def _derivative(block: Block, pulled: Sequence[tuple[Key, Tensor]]) -> Tensor | 
         statistic, parameter = named(key)
         assert statistic.pull is not None
         matrix = statistic.pull(block, parameter)
-        total = matrix * times if total is None else total.addcmul_(matrix, times)
+        total = torch.mul(matrix, times, out=block.room()) if total is None else total.addcmul_(matrix, times)
     return total
 
 

@@ -4,6 +4,7 @@ They are collected once for all terms that ask for them, in one pass over a chun
 copies of it. A loss asks for one by the name of an argument; some are taken at parameters of the loss (``at``).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ class Block:
     largest: (n, 1), the largest logit of each row.
     values: (n, 1) each, ``logp``, ``top`` (log p of the largest) and the statistics that are known, by key.
     memo: What two statistics make use of.
+    rooms: Buffers as large as z, which blocks after each other write into: fresh memory costs more than arithmetic.
     """
 
     labels: Tensor
@@ -34,11 +36,20 @@ class Block:
     p: Tensor
     values: dict[Key, Tensor] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
+    rooms: list[Tensor] = field(default_factory=list)
+    taken: int = 0
+
+    def room(self) -> Tensor:
+        """(n, V) to write into, which nothing else of this block has."""
+        if self.taken == len(self.rooms):
+            self.rooms.append(torch.empty_like(self.z, memory_format=torch.contiguous_format))
+        self.taken += 1
+        return self.rooms[self.taken - 1][: len(self.z)]
 
     @cached_property
     def away(self) -> Tensor:
         """Distances (n, V) from the largest: far from 0, logits themselves have few digits."""
-        return self.z - self.largest
+        return torch.sub(self.z, self.largest, out=self.room())
 
     @cached_property
     def ruled_out(self) -> Tensor | None:
@@ -87,63 +98,66 @@ class Statistic:
     away: bool = False
 
 
-def _log(p: Tensor) -> Tensor:
-    return p.clamp_min(torch.finfo(p.dtype).tiny).log_()
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, y)
-
-
-def _finite(x: Tensor) -> Tensor:
+def _finite(block: Block, x: Tensor) -> Tensor:
     """The most negative number in the place of -inf, so that it times 0 is 0."""
-    return x.clamp_min(torch.finfo(x.dtype).min)
+    return torch.clamp(x, min=torch.finfo(x.dtype).min, out=block.room())
+
+
+def _entropy_pull(block: Block, _: Any) -> Tensor:
+    logp = torch.clamp(block.p, min=torch.finfo(block.p.dtype).tiny, out=block.room()).log_()
+    return logp.add_(block.values["entropy"])
+
+
+def _mean_away(block: Block) -> Tensor:
+    away = block.away
+    if block.ruled_out is not None:
+        away = block.possible(block.room().copy_(away))
+    return away.sum(1, keepdim=True) / block.values["possible"]
 
 
 def _variance(block: Block, _: Any) -> Tensor:
-    count = block.values["possible"]
-    away = block.possible(block.away.clone())
-    away -= away.sum(1, keepdim=True) / count
-    return block.possible(away).square_().sum(1) / count.squeeze(1)
-
-
-def _height(block: Block, _: Any) -> Tensor:
-    away = block.away if block.ruled_out is None else block.possible(block.away.clone())
-    return block.at_target(block.away).squeeze(1) - away.sum(1) / block.values["possible"].squeeze(1)
+    from_mean = block.possible(torch.sub(block.away, _mean_away(block), out=block.room()))
+    return from_mean.square_().sum(1) / block.values["possible"].squeeze(1)
 
 
 def _from_mean(block: Block, _: Any) -> Tensor:
     """Logits less the mean of their row, by way of the target's."""
-    return block.possible((block.z - block.values["target_logit"]).add_(block.values["height"]))
+    away = torch.sub(block.z, block.values["target_logit"], out=block.room())
+    return block.possible(away.add_(block.values["height"]))
 
 
 def _others_at(block: Block, temperature: Tensor | float) -> Tensor:
     """Logits at a temperature, from the largest of the row; the target's is the least number."""
-    away = torch.sub(block.z, block.largest)
-    return block.others(away.div_(temperature), torch.finfo(away.dtype).min)
+    scaled = torch.div(block.away, temperature, out=block.room())
+    return block.others(scaled, torch.finfo(scaled.dtype).min)
 
 
 def _odds(block: Block, temperature: Tensor | float) -> Tensor:
-    target = block.at_target(block.away) / temperature
     others = _others_at(block, temperature)
     largest = others.amax(1, keepdim=True)
     # The largest p is 1 over the sum of e^(z - largest).
     lse = largest - torch.softmax(others, 1, out=others).amax(1, keepdim=True).log()
-    return (lse - target).squeeze(1)
+    return (lse - block.at_target(block.away) / temperature).squeeze(1)
+
+
+def _odds_pull(block: Block, temperature: Tensor | float) -> Tensor:
+    others = _others_at(block, temperature)
+    return torch.softmax(others, 1, out=others)
 
 
 def _powers(block: Block, gamma: float) -> tuple[Tensor, Tensor]:
     """log p and p^gamma, (n, V) each, 0 at the targets. log p is bounded, so that gamma times it times 0 is 0."""
     if gamma not in block.memo:
-        logp = block.z.log_softmax(1).clamp_min_(-1e30)
-        block.memo[gamma] = block.others(logp), block.others((gamma * logp).exp_())
+        logp = torch.log_softmax(block.z, 1, out=block.room()).clamp_min_(-1e30)
+        powers = torch.mul(logp, gamma, out=block.room()).exp_()
+        block.memo[gamma] = block.others(logp), block.others(powers)
     return block.memo[gamma]
 
 
 def _powers_pull(block: Block, gamma: float) -> Tensor:
     """p_j^gamma (gamma log p_j + 1), less p_j times the sum of these."""
     logp, powers = _powers(block, gamma)
-    derivative = powers.mul_(logp.mul_(gamma).add_(1))
+    derivative = logp.mul_(gamma).add_(1).mul_(powers)
     return derivative.addcmul_(block.p, derivative.sum(1, keepdim=True), value=-1)
 
 
@@ -163,11 +177,11 @@ def _top_entropy(block: Block, k: int) -> Tensor:
 
 def _own_temperature(block: Block, parameters: tuple[float, float]) -> Tensor:
     temperature, alpha = parameters
-    scaled = block.away / temperature
-    q = scaled.softmax(1)
-    entropy = -q.amax(1).log() - _dot(q, _finite(scaled))
+    scaled = torch.div(block.away, temperature, out=block.room())
+    q = torch.softmax(scaled, 1, out=block.room())
+    entropy = -q.amax(1).log() - _finite(block, scaled).mul_(q).sum(1)
     # Of one token, log V is 0 and so is the entropy.
-    most = torch.tensor(q.shape[1], dtype=q.dtype).log().clamp_min(torch.finfo(q.dtype).tiny).to(q.device)
+    most = max(math.log(q.shape[1]), torch.finfo(q.dtype).tiny)
     return temperature * (1 - (1 - entropy / most) / alpha)
 
 
@@ -202,8 +216,8 @@ STATISTICS: dict[str, Statistic] = {
     "height": Statistic(
         "(N,) target's logit less the mean of its row's logits, without tokens that are ruled out",
         "z",
-        _height,
-        lambda block, _: block.possible(torch.ones_like(block.z)),
+        lambda block, _: (block.at_target(block.away) - _mean_away(block)).squeeze(1),
+        lambda block, _: block.possible(block.room().fill_(1)),
         lambda block, _: -1 / block.values["possible"],
         lambda block, _: 1 - 1 / block.values["possible"],
         also=("possible",),
@@ -220,8 +234,8 @@ STATISTICS: dict[str, Statistic] = {
     "other_squares": Statistic(
         "(N,) sum of the squares of the logits of the other tokens in each row, without those that are ruled out",
         "z",
-        lambda block, _: block.possible(block.others(block.z.square())).sum(1),
-        lambda block, _: block.z if block.ruled_out is None else block.possible(block.z.clone()),
+        lambda block, _: block.possible(block.others(torch.mul(block.z, block.z, out=block.room()))).sum(1),
+        lambda block, _: block.z if block.ruled_out is None else block.possible(block.room().copy_(block.z)),
         lambda block, _: 2.0,
         lambda block, _: torch.zeros_like(block.largest),
     ),
@@ -229,7 +243,7 @@ STATISTICS: dict[str, Statistic] = {
         "(N,) log-odds against each row's target at a temperature: log sum_{j != y} exp((z_j - z_y) / temperature)",
         "z",
         _odds,
-        lambda block, temperature: _others_at(block, temperature).softmax(1),
+        _odds_pull,
         lambda block, temperature: 1 / temperature,
         lambda block, temperature: torch.full_like(block.largest, -1 / temperature),
     ),
@@ -242,7 +256,7 @@ STATISTICS: dict[str, Statistic] = {
         "(N,) as tempered_odds, at own_temperature, which has no gradient",
         "z",
         lambda block, at: _odds(block, block.values["own_temperature", at]),
-        lambda block, at: _others_at(block, block.values["own_temperature", at]).softmax(1),
+        lambda block, at: _odds_pull(block, block.values["own_temperature", at]),
         lambda block, at: 1 / block.values["own_temperature", at],
         lambda block, at: -1 / block.values["own_temperature", at],
         also=("own_temperature",),
@@ -255,7 +269,7 @@ STATISTICS: dict[str, Statistic] = {
     "other_powers": Statistic(
         "(N,) sum of p_j^gamma log p_j over the other tokens of each row",
         "z",
-        lambda block, gamma: _dot(*_powers(block, gamma)),
+        lambda block, gamma: torch.mul(*_powers(block, gamma), out=block.room()).sum(1),
         _powers_pull,
         own=_powers_own,
         also=("other_power_mass",),
@@ -268,8 +282,8 @@ STATISTICS: dict[str, Statistic] = {
     "entropy": Statistic(
         "(N,) entropy of each row's distribution, -sum_j p_j log p_j",
         "p",
-        lambda block, _: -block.values["top"].squeeze(1) - _dot(block.p, _finite(block.away)),
-        lambda block, _: _log(block.p).add_(block.values["entropy"]),
+        lambda block, _: -block.values["top"].squeeze(1) - _finite(block, block.away).mul_(block.p).sum(1),
+        _entropy_pull,
         lambda block, _: -1.0,
         lambda block, _: -block.values["logp"].exp() * (block.values["logp"] + block.values["entropy"]),
         away=True,
@@ -277,8 +291,8 @@ STATISTICS: dict[str, Statistic] = {
     "collision": Statistic(
         "(N,) sum of the squares of each row's probabilities",
         "p",
-        lambda block, _: _dot(block.p, block.p),
-        lambda block, _: block.p - block.values["collision"],
+        lambda block, _: torch.mul(block.p, block.p, out=block.room()).sum(1),
+        lambda block, _: torch.sub(block.p, block.values["collision"], out=block.room()),
         lambda block, _: 2.0,
         lambda block, _: 2 * block.values["logp"].exp() * (block.values["logp"].exp() - block.values["collision"]),
     ),
@@ -323,11 +337,12 @@ def collect(keys: Iterable[Key], logits: Tensor, labels: Tensor, kept: Tensor | 
     of = {kind: [key for key in keys if named(key)[0].of == kind] for kind in "zp"}
     away = any(named(key)[0].away for key in of["p"])
     found: dict[Key, list[Tensor]] = {}
+    rooms: list[Tensor] = []
     for rows in blocks(logits):
         z = logits[rows]
         if kept is not None:
             kept[rows] = z
-        block = Block(labels[rows], z.amax(1, keepdim=True), z, z)
+        block = Block(labels[rows], z.amax(1, keepdim=True), z, z, rooms=rooms)
         target = block.at_target(z)
         for key in of["z"]:
             block.values[key] = _collected(block, key)
