@@ -40,7 +40,7 @@ test-trl-latest:  ## the tests of TRL in an environment of their own
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable ".[trl]" trl transformers accelerate peft "pytest>=8" pytest-xdist
 	$(LATEST)/bin/python -m pip list | grep -E "^(torch|trl|transformers|accelerate|peft|datasets) "
 	$(LATEST)/bin/python -m pytest -n 2 tests/hosts/test_trl.py tests/hosts/test_hosts_page.py \
-	  tests/hosts/test_trainer.py tests/hosts/test_install.py
+	  tests/hosts/test_trainer.py tests/hosts/test_install.py tests/hosts/test_prune.py
 	COMPATIBILITY=docs/compatibility/trl-latest.json $(LATEST)/bin/python -m pytest tests/distributed \
 	  -k "cut or metrics or two_processes and FSDP2"; \
 	  status=$$?; $(LATEST)/bin/python tools/compatibility.py; exit $$status

@@ -1,5 +1,6 @@
 """transformers' Trainer: counting over the accumulation window, and logging the terms."""
 
+import inspect
 import math
 import os
 import weakref
@@ -108,20 +109,20 @@ class ObjectiveTrainer(Trainer):
         finally:
             trainer.train_dataset, trainer.data_collator = given
 
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, *more: Any
-    ) -> tuple[int, int]:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The epoch to go on with, and its micro-batches so far. Trainer finds them in the length of whole epochs."""
-        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, *more)
+        found = super()._init_training_state(*args, **kwargs)
         if self._cv_pruning is None:
             return found
+        given = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step = self.get_total_train_batch_size(self.args)
-        self._cv_pruning.start(len(self.train_dataset), max_steps, num_update_steps_per_epoch, step, seed)
+        steps = given["max_steps"], given["num_update_steps_per_epoch"]
+        self._cv_pruning.start(len(self.train_dataset), *steps, step, seed)
         if not self.state.global_step:  # from the beginning
             return found
-        epoch, steps = self._cv_pruning.resume(checkpoint, self.args.process_index == 0)
-        return epoch, steps * self.args.gradient_accumulation_steps
+        epoch, done = self._cv_pruning.resume(given["resume_from_checkpoint"], self.args.process_index == 0)
+        return epoch, done * self.args.gradient_accumulation_steps
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Trained rows of all micro-batches of a step, on all ranks, as the objective counts them.

@@ -1,6 +1,7 @@
 """``prune``: the rule, and real trainers whose epochs leave out what it says."""
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from axolotl_cvloss.hosts.pruning import FILE, Pruning, weights_of_epoch
 from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 COUNT, STEP = 24, 4
+NEEDS_AXOLOTL = pytest.mark.skipif(find_spec("axolotl") is None, reason="axolotl is not installed")
 PRUNE = {"cross_entropy": 1.0, "prune": {"share": 0.75, "until": 1.0}}
 
 
@@ -315,6 +317,7 @@ def test_a_model_without_a_trainer_that_prunes(make_model):
     assert model(**collate(rows(2))).loss > 0
 
 
+@NEEDS_AXOLOTL
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -369,6 +372,7 @@ def test_the_field():
 # Axolotl; TRL is in test_trl.py
 
 
+@NEEDS_AXOLOTL
 @pytest.mark.hosts
 def test_axolotl(make_config, train):
     """`num_epochs: 3`; Axolotl gives its trainer the steps of three whole epochs."""
