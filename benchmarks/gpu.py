@@ -1,169 +1,177 @@
-"""Seconds and memory of a head and its loss on a GPU; needs PyTorch, Triton and transformers only. See --help.
+"""The engine on a CUDA device: is it right, and what does it cost beside others' losses.
 
-Each case runs in a process of its own, in which the ways to compute it take turns; medians are over the rounds. Peak
-memory is above the inputs. Peers that are not installed are left out.
+    make bench-gpu
+    python benchmarks/gpu.py --only cases,memory   # some parts
+    python benchmarks/gpu.py --minutes 9           # no further job after so long; the next call goes on
+
+Parts: check (against float64; no other begins where it fails), cases (time of heads and losses), waits (of the host for
+the device), memory, kernels (over blocks and warps), chunks (one or several), step (of training a model with random
+weights). A job is a process; its lines are written when it ends, and are not measured again on the same card with the
+same versions. Needs PyTorch, Triton and transformers, and of what the package needs besides annotated-types, pluggy and
+pydantic, which may lie in .gpu-packages. Peers that are not installed are left out.
 """
 
 import argparse
 import csv
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
-import warnings
-from itertools import product
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))
+sys.path.append(str(REPOSITORY / ".gpu-packages"))  # the machine's own come first
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from axolotl_cvloss import Objective
+import torch  # noqa: E402
 
-# H, V of the head of Llama-3-8B and of Qwen3-0.6B
-HEADS = {"llama": (4096, 128256), "qwen": (1024, 151936), "smoke": (16, 301)}
-MIXES = {
-    "token": {"focal": 1.0},
-    "region": {"cross_entropy": 0.5, "generalized_dice": 0.5},
-    "lovasz": {"cross_entropy": 0.6, "lovasz": 0.4},
-}
+try:
+    from gpu_parts import PARTS, WRONG, Size, jobs
+except ModuleNotFoundError as error:
+    sys.exit(f"benchmarks/gpu.py: {error}; `make .gpu-packages` puts what a bare machine lacks into a folder")
+
+COLUMNS = ("part", "head", "mix", "trained", "rows", "way", "ms", "low", "high", "peak_mib", "figure", "unit", "note")
+ABOUT = ("card", "driver", "torch", "triton", "transformers", "job")
 
 
-def ways(mix):
-    """Functions of hidden states (N, H), a weight and labels that return a loss, by name."""
-    objective = Objective.from_config(MIXES[mix])
-
-    def ours(hidden, weight, labels):
-        return objective.from_hidden(hidden, weight, labels, shift=False).loss
-
-    def full(hidden, weight, labels):
-        return F.cross_entropy((hidden @ weight.T).float(), labels)
-
-    found = {"ours": ours, "full-logits cross_entropy": full}
-    if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels)
+def machine():
+    """Card and versions, as they stand in each line."""
+    found = {"torch": torch.__version__}
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    if not torch.cuda.is_available():
+        return {"card": "cpu", "driver": "", **found}
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-    except ImportError:
-        return found
-    return found | {"Liger": lambda hidden, weight, labels: liger(hidden, weight, labels)}
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {"card": torch.cuda.get_device_name(), "driver": driver, **found}
 
 
-def products(hidden, weight, labels):
-    """The matrix products of a trained head and nothing else, with their rounding: the floor."""
-    logits = hidden @ weight.T
-    return logits @ weight, (logits.T @ hidden if weight.requires_grad else None)
+def written(path, about):
+    """The lines that stand, and of which jobs they are: those of this machine that did not fail."""
+    if not path.exists():
+        return [], set()
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    same = [line for line in lines if all(line[name] == value for name, value in about.items())]
+    return lines, {line["job"] for line in same} - {line["job"] for line in same if line["note"].startswith(WRONG)}
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def line_of(part, arguments, size, found):
+    """A line of the table, with what the arguments of its part say."""
+    names = {"check": ("head", "unit", "trained"), "step": ("head",)}.get(part, ("head", "mix", "trained"))
+    given = {name: value for name, value in zip(names, arguments, strict=False) if name != "unit"}
+    rows = size.batch * size.length if part == "step" else size.rows
+    if part == "check":
+        found = found | {"way": f"{found['way']}, {arguments[1]}"}
+    return {"part": part, "rows": rows, "note": "", **given, **found}
 
 
-def measured(function, given, device):
-    """Seconds and bytes above the inputs of one call with its backward pass."""
-    for leaf in given[:2]:
-        leaf.grad = None
-    synchronize(device)
-    before = 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    value = function(*given)
-    if isinstance(value, torch.Tensor):
-        value.backward()
-    del value
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    return seconds, torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
+def name_of(job, size):
+    return json.dumps([*job, vars(size)])
 
 
-def waits(function, given):
-    """How often a call makes the host wait for the GPU, as PyTorch warns of it."""
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        function(*given).backward()
-    torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in found)
+def run(job, size, about, limit):
+    """The lines of a job in a process of its own, and whether it went well."""
+    part, arguments = job
+    named = name_of(job, size)
+    command = [sys.executable, __file__, "--job", named]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+        error = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        found = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else []
+    except subprocess.TimeoutExpired:
+        error, found = [f"not done after {limit:.0f} s"], []
+    lines = [line_of(part, arguments, size, x) | about | {"job": named} for x in found]
+    return lines, "; ".join(error)
 
 
-def case(head, mix, trained, rows, rounds, device):
-    """The lines of one case."""
-    generator = torch.Generator(device).manual_seed(0)
-    width, vocab = HEADS[head]
-    dtype = torch.bfloat16
-    hidden = torch.randn(rows, width, generator=generator, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, width, generator=generator, device=device) / width**0.5).to(dtype)
-    labels = torch.randint(0, vocab, (rows,), generator=generator, device=device)
-    given = hidden, weight.requires_grad_(trained), labels
-    functions = ways(mix) | {"products": lambda *given: torch.no_grad()(products)(*given)}
-    found = {name: [] for name in functions}
-    failed = {}
-    for turn in range(rounds + 2):  # two to compile and to warm up
-        for name, function in functions.items():
-            if name in failed:
-                continue
-            try:
-                figures = measured(function, given, device)
-            except Exception as error:  # a peer that cannot; the others go on
-                if name == "ours":
-                    raise
-                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            if turn >= 2:
-                found[name].append(figures)
-    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    for name, figures in found.items():
-        yield {
-            "card": card,
-            "torch": torch.__version__,
-            "kernels": os.environ.get("CVLOSS_KERNELS", "auto"),
-            "head": head,
-            "mix": mix,
-            "trained": trained,
-            "rows": rows,
-            "way": name,
-            "ms": "" if name in failed else round(1e3 * statistics.median(x[0] for x in figures), 3),
-            "peak_mib": "" if name in failed else round(max(x[1] for x in figures) / 2**20, 1),
-            "waits": waits(functions[name], given) if device == "cuda" and name == "ours" else "",
-            "failed": failed.get(name, ""),
-        }
+def write(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, (*COLUMNS, *ABOUT))
+        table.writeheader()
+        table.writerows(lines)
+
+
+def told(line):
+    figures = [f"{line['ms']} ms ({line['low']} to {line['high']})"] if line.get("ms") else []
+    figures += [f"{line['peak_mib']} MiB"] if line.get("peak_mib") not in (None, "") else []
+    figures += [f"{line['figure']} {line['unit']}"] if "figure" in line else []
+    figures += [line["note"]] if line["note"] else []
+    what = " ".join(str(line[name]) for name in ("part", "head", "mix", "trained") if line.get(name, "") != "")
+    return f"{what}, {line['way']}: {', '.join(figures)}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.csv"))
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--smoke", action="store_true", help="a tiny case on whatever device there is")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.case:
-        print(json.dumps(list(case(*json.loads(options.case), device))))
+    options = parse()
+    if options.job:
+        part, arguments, size = json.loads(options.job)
+        print(json.dumps(list(PARTS[part](Size(**size), *arguments))))
         return
-    if device == "cpu" and not options.smoke:
-        raise SystemExit("benchmarks/gpu.py: no CUDA device; --smoke runs a tiny case on a CPU")
-    rows, rounds = (32, 1) if options.smoke else (options.rows, options.rounds)
-    lines = []
-    cases = list(product(["llama", "qwen"], MIXES, (True, False)))
-    for head, mix, trained in [("smoke", "lovasz", True)] if options.smoke else cases:
-        command = [sys.executable, __file__, "--case", json.dumps([head, mix, trained, rows, rounds])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        lines += found
-        for x in found:
-            figures = x["failed"] or f"{x['ms']} ms, {x['peak_mib']} MiB"
-            print(f"{head} {mix} {'trained' if trained else 'frozen'}, {x['way']}: {figures}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
+    about = machine()
+    if about["card"] == "cpu" and not options.smoke:
+        sys.exit("benchmarks/gpu.py: no CUDA device; --smoke runs all parts on a CPU, in a tiny form")
+    size = Size(32, 2, 2, 16) if options.smoke else Size(options.rows, options.rounds, options.batch, options.length)
+    lines, done = written(options.out, about)
+    parts = options.only.split(",") if options.only else list(PARTS)
+    wanted = [job for job in jobs(options.smoke, "smoke" if options.smoke else options.model) if job[0] in parts]
+    wanted = [job for job in wanted if options.again or name_of(job, size) not in done]
+    start, failed, left = time.monotonic(), [], 0
+    for job in wanted:
+        rest = 60 * options.minutes - (time.monotonic() - start)
+        if rest < 30:
+            left += 1
+            continue
+        found, error = run(job, size, about, min(rest, 300))
+        for line in found:
+            print(told(line), flush=True)
+        if error:
+            print(f"FAILED {json.dumps(job)}: {error}", flush=True)
+        if found:
+            same = about | {"job": name_of(job, size)}  # what stands of this job; other cards keep theirs
+            lines = [line for line in lines if any(line[name] != value for name, value in same.items())] + found
+            write(options.out, lines)
+        if error or any(line["note"].startswith(WRONG) for line in found):
+            failed.append(job)
+            if job[0] == "check":
+                sys.exit("benchmarks/gpu.py: the check against float64 failed; what is wrong is not measured")
+    draw(options.out)
+    print(f"Written: {options.out}. {len(failed)} jobs failed, {left} are left for another call.")
+    sys.exit(1 if failed else 0)
+
+
+def draw(path):
+    """The figure, where there is something to draw it with; `python benchmarks/gpu_report.py` draws it elsewhere."""
+    from gpu_report import figure, lines_of
+
+    try:
+        figure(lines_of(path), path.with_suffix(".png"))
+    except ImportError as error:
+        print(f"No figure: {error}")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts, with commas between them")
+    parser.add_argument("--minutes", type=float, default=60, help="no job begins later than half a minute before")
+    parser.add_argument("--again", action="store_true", help="what has been measured too")
+    parser.add_argument("--model", default="1b", choices=["1b", "3b"], help="of the training step")
+    for name, value in vars(Size()).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--smoke", action="store_true", help="everything in a tiny form on whatever device there is")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "gpu.csv")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - {"", *PARTS}:
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return options
 
 
 if __name__ == "__main__":

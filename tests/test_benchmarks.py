@@ -16,6 +16,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import cases  # noqa: E402
+import gpu  # noqa: E402
+import gpu_parts  # noqa: E402
+import gpu_report  # noqa: E402
 import loss_cost  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
@@ -273,17 +276,117 @@ def test_training_step(tmp_path):
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["bytes"] > 1e8 for row in rows)
 
 
+# On a GPU
+
+
+def bench_gpu(out, *arguments):
+    command = [sys.executable, FOLDER / "gpu.py", f"--out={out}", *arguments]
+    environment = {**os.environ, "CVLOSS_KERNELS": "on", "TRITON_INTERPRET": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_on_a_cpu_in_a_tiny_form(tmp_path):
     out = tmp_path / "gpu.csv"
-    command = [sys.executable, FOLDER / "gpu.py", "--smoke", f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = bench_gpu(out, "--smoke")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "FAILED" not in done.stdout
     with out.open() as file:
-        rows = {row["way"]: row for row in csv.DictReader(file)}
-    for way in ("ours", "full-logits cross_entropy", "products"):
-        assert float(rows[way]["ms"]) > 0
-        assert not rows[way]["failed"]
+        lines = list(csv.DictReader(file))
+    assert {line["part"] for line in lines} == set(gpu_parts.PARTS)
+    for line in lines:
+        if line["way"].startswith("ours") or line["way"] in (gpu_parts.FULL, gpu_parts.PRODUCTS, "host"):
+            assert not line["note"]
+            assert line["ms"] or line["figure"] or line["part"] == "memory"
+    again = bench_gpu(out, "--smoke")
+    assert again.stdout == f"Written: {out}. 0 jobs failed, 0 are left for another call.\n"
+
+
+def test_it_goes_on_where_a_call_was_cut_off(tmp_path, monkeypatch, capsys):
+    """Jobs that are written are not done again, but for those whose numbers were wrong, or on another card."""
+    out, ran, bad = tmp_path / "gpu.csv", [], {"a": gpu_parts.WRONG, "b": "killed"}
+
+    def run(job, size, about, limit):
+        name = job[1][0]
+        ran.append(name)
+        line = {"part": job[0], "way": "ours", "note": bad.pop("a", "") if name == "a" else ""}
+        killed = bad.pop("b", "") if name == "b" else ""
+        return [] if killed else [line | about | {"job": gpu.name_of(job, size)}], killed
+
+    monkeypatch.setattr(gpu, "jobs", lambda smoke, model: [("cases", [name, "token", True]) for name in "abc"])
+    monkeypatch.setattr(gpu, "run", run)
+    for card, expected in (("one", "abc"), ("one", "ab"), ("one", ""), ("other", "abc")):
+        del ran[:]
+        monkeypatch.setattr(gpu, "machine", lambda card=card: {**dict.fromkeys(gpu.ABOUT[:-1], ""), "card": card})
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", f"--out={out}"])
+        with pytest.raises(SystemExit):
+            gpu.main()
+        assert "".join(ran) == expected
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", f"--out={out}", "--minutes=0", "--again"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "3 are left for another call" in capsys.readouterr().out
+    assert len(gpu.written(out, {})[0]) == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = bench_gpu(tmp_path / "gpu.csv")
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr
+
+
+def test_what_is_wrong_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "MIXES", {"token": gpu_parts.MIXES["token"]})
+    size, right = gpu_parts.Size(rows=24), gpu_parts.ours
+    given = size, "smoke", "float32", True
+    assert [line["note"] for line in gpu_parts.check(*given)] == ["", ""]
+
+    def wrong(mix):
+        loss = right(mix)
+        return lambda hidden, *rest: loss(hidden, *rest) * (1 if hidden.dtype == torch.float64 else 1.001)
+
+    monkeypatch.setattr(gpu_parts, "ours", wrong)
+    found = list(gpu_parts.check(*given))
+    assert all(line["note"].startswith(gpu_parts.WRONG) for line in found)
+    monkeypatch.setattr(gpu, "run", lambda job, *_: ([gpu.line_of(*job, size, x) | {"job": "1"} for x in found], ""))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", f"--out={tmp_path / 'gpu.csv'}"])
+    with pytest.raises(SystemExit, match="check against float64 failed"):
+        gpu.main()
+
+
+def test_the_page_has_what_was_measured_on_a_gpu_and_else_a_model(tmp_path):
+    out = tmp_path / "gpu.csv"
+    assert gpu_report.described(gpu_report.lines_of(out))[0].startswith("**Not measured on a GPU.**")
+    about = dict(zip(gpu.ABOUT, ("H100", "1", "2", "3", "5", ""), strict=True))
+    head = {
+        "part": "cases",
+        "head": "llama",
+        "mix": "token",
+        "trained": True,
+        "rows": 8192,
+        "low": 9,
+        "high": 11,
+        **about,
+    }
+    lines = [{**head, "way": way, "ms": 10 + i} for i, way in enumerate(("ours", gpu_parts.FULL, gpu_parts.PRODUCTS))]
+    lines += [
+        {**lines[0], "part": "memory", "ms": "", "peak_mib": 77},
+        {**head, "way": "Liger", "note": "wrong version"},
+    ]
+    lines += [{**about, "part": "step", "mix": "LoRA", "way": "host", "ms": 5, "low": 5, "high": 5, "figure": 99}]
+    gpu.write(out, [{**lines[0], "card": "an older one"}, *lines])
+    said, (heads, steps) = gpu_report.described(found := gpu_report.lines_of(out))
+    assert said.startswith("H100, driver 1, torch 2, Triton 3; bf16, N 8192")
+    assert [row[:3] for row in heads[1:]] == [
+        ("Llama-3-8B's, trained", "ours (token)", "10"),
+        ("Llama-3-8B's, trained", gpu_parts.FULL, "11"),
+        ("Llama-3-8B's, trained", gpu_parts.PRODUCTS, "12"),
+    ]
+    assert heads[1][4] == "77"
+    assert steps[1][-1] == "99"
+    gpu_report.figure(found, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
 # What could be skipped

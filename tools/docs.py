@@ -25,6 +25,8 @@ LOOKED_AT = ("dice", "generalized_dice", "lovasz", "cross_entropy")
 START, END = "<!-- Losses: written by tools/docs.py -->", "<!-- end of losses -->"
 SPEED_START, SPEED_END = "<!-- Speed: written by tools/docs.py -->", "<!-- end of speed -->"
 SPEED = REPOSITORY / "benchmarks" / "results" / "loss_cost_cpu.json"
+GPU_START, GPU_END = "<!-- GPU: written by tools/docs.py -->", "<!-- end of GPU -->"
+BENCHMARKS = REPOSITORY / "benchmarks"
 PAPER_START, PAPER_END = "<!-- Paper: written by tools/docs.py -->", "<!-- end of paper -->"
 PAPER = REPOSITORY / "benchmarks" / "paper"
 SPEED_CASES = (
@@ -82,6 +84,19 @@ def speed(text: str) -> str:
         f"{settings['dtype']}; median of {rounds} rounds, each case in a process of its own."
     )
     return f"{before}{SPEED_START}\n{table(rows)}\n\n{about}\n{SPEED_END}{after}"
+
+
+def gpu(text: str) -> str:
+    """The page of performance with what was measured on a GPU, or with the figures of a model before it was."""
+    before, after = text.split(GPU_START)[0], text.split(GPU_END)[1]
+    sys.path.append(str(BENCHMARKS))
+    import gpu_report
+
+    said, tables = gpu_report.described(gpu_report.lines_of(gpu_report.RESULTS))
+    found = "\n\n".join([said, *map(table, tables)])
+    if (picture := gpu_report.RESULTS.with_suffix(".png")).exists():
+        found += f"\n\n![Milliseconds of heads on a GPU](../{picture.relative_to(REPOSITORY)})"
+    return f"{before}{GPU_START}\n{found}\n{GPU_END}{after}"
 
 
 def paper(text: str) -> str:
@@ -169,7 +184,7 @@ if __name__ == "__main__":
         path.unlink()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    for path, written in ((README, readme), (PERFORMANCE, speed), (EXPERIMENT, paper)):
+    for path, written in ((README, readme), (PERFORMANCE, speed), (PERFORMANCE, gpu), (EXPERIMENT, paper)):
         path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     save(curves(), PICTURE)
     answer.save(looks(), REGION_PICTURE)
