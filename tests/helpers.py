@@ -118,6 +118,38 @@ def naive_loss(batch, logits, terms):
     return total
 
 
+def naive_documents(batch, logits, terms, power, weights=None):
+    """The same, each term by document: the mean of the values that they have alone, by n^(1 - power) of n rows of the
+    term; ``weights`` by document multiply this, and not what it is divided by."""
+    total = logits.sum() * 0
+    for term in terms:
+        value, mass = logits.sum() * 0, 0.0
+        for document in {d for _, _, d in batch.rows(term.get("scope", "completion"))}:
+            alone = _Alone(batch, document)
+            rows = alone.rows(term.get("scope", "completion"))
+            if fish := term.get("goldfish"):
+                dropped = dropped_naive(batch.inputs["input_ids"], batch.documents, **fish)
+                rows = [row for row in rows if not dropped[row[0]]]
+            if rows:
+                own = len(rows) ** (1 - power)
+                mass += own
+                weight = 1.0 if weights is None else float(weights[document])
+                value = value + weight * own * naive_loss(alone, logits, [term])
+        total = total + value / max(mass, 1)
+    return total
+
+
+class _Alone:
+    """A batch of which one document counts."""
+
+    def __init__(self, batch, document):
+        self.batch, self.document = batch, document
+        self.labels, self.documents, self.inputs = batch.labels, batch.documents, batch.inputs
+
+    def rows(self, scope="completion"):
+        return [row for row in self.batch.rows(scope) if row[2] == self.document]
+
+
 def dropped_naive(input_ids, documents, k, h):
     """For each row whether goldfish leaves out the token it predicts, one row at a time in Python's own numbers."""
     found = []

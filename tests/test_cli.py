@@ -163,6 +163,14 @@ def test_check_says_what_each_term_means(tmp_path):
     assert printed[-1] == f"{path}: fine as far as the key cv_loss goes"
 
 
+def test_check_says_what_documents_count_by(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"cv_loss": {"focal": 1, "examples": {"normalize": "square_root"}}}))
+    printed = run("check", path).stdout
+    assert "objective: 1 focal (normalize: square_root)\n" in printed
+    assert "\nexamples: a document counts by the square root of the number of its rows\n" in printed
+
+
 def test_check_finds_what_is_wrong_with_the_key(checked):
     report = checked({**AXOLOTL, "cv_loss": {"focal": {"gama": 3}, "lovas": 1}})
     assert report["errors"] == [

@@ -24,6 +24,11 @@ HOSTS = {
 }
 PLUGIN = "axolotl_cvloss.CVLossPlugin"
 
+COUNTS_BY = {  # what a document does, by ``examples.normalize``
+    "tokens": "the number of its rows",
+    "examples": "1",
+    "square_root": "the square root of the number of its rows",
+}
 ENDS = (0.0, 1.0)  # of training, for what follows a schedule
 ROWS = {"completion": "labelled tokens", "sequence": "every token but padding, the prompt too"}
 SETS = {
@@ -310,6 +315,11 @@ def term_rows(config: CVLossConfig) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def examples_words(config: CVLossConfig) -> str:
+    """What ``examples`` means, or empty where there is none."""
+    return "" if config.examples is None else f"a document counts by {COUNTS_BY[config.examples.normalize]}"
 
 
 def _number(schedule: Schedule | None, value: Any) -> str:

@@ -91,7 +91,7 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
     The exit code is 1 where training would stop, or would train with another loss.
     """
     from ..objective.objective import Objective
-    from .checking import Report, check_file, term_rows
+    from .checking import Report, check_file, examples_words, term_rows
 
     report = check_file(config, host)
 
@@ -119,6 +119,8 @@ def check(config: Path, host: str | None, as_json: bool) -> None:
             if one.config is not None:
                 click.echo(f"objective: {meant(one)['objective']}\n")
                 _print_table_of(term_rows(one.config))
+                if said := examples_words(one.config):
+                    click.echo(f"\nexamples: {said}")
                 click.echo()
         for kind, lines in (("error", report.errors), ("warning", report.warnings), ("note", report.notes)):
             for line in lines:

@@ -45,7 +45,7 @@ class Drawing(ObjectiveTrainer):
 class Probe(Objective):
     """An objective that takes the gradient of each of its terms, and of cross-entropy, whenever it is evaluated.
 
-    value, rows, sets, classes: sums over what was evaluated, one a term, cross-entropy last.
+    value, rows, masses, sets, classes: sums over what was evaluated, one a term, cross-entropy last.
     inner: (terms, terms), the inner products of the gradients of the unweighted terms in the hidden states.
     head: for each term the gradient in each weight of the head, summed, in main memory.
     """
@@ -60,10 +60,11 @@ class Probe(Objective):
         super().__init__(objective.config, **more, diagnose=objective.diagnose)
         self.scale = scale
         self.alone = [Objective(config, **more) for config in _alone(objective.config)]
-        self.alone.append(Objective.from_config("cross_entropy"))
+        plain = CVLossConfig.parse("cross_entropy").model_copy(update={"examples": objective.config.examples})
+        self.alone.append(Objective(plain))
         self.parameters = [p for p in head.parameters() if p.requires_grad]
         count = len(self.alone)
-        self.value, self.rows, self.sets, self.classes = torch.zeros(4, count, dtype=torch.float64)
+        self.value, self.rows, self.masses, self.sets, self.classes = torch.zeros(5, count, dtype=torch.float64)
         self.inner = torch.zeros(count, count, dtype=torch.float64)
         self.head = [[torch.zeros(p.shape) for p in self.parameters] for _ in self.alone]
         self._hidden: Tensor | None = None
@@ -90,9 +91,10 @@ class Probe(Objective):
         for number, objective in enumerate(self.alone):
             result = evaluate(objective)
             (term,) = objective.terms
-            rows = result.counts[term.name]
-            self.value[number] += float(result.terms[term.name]) * rows
-            self.rows[number] += rows
+            mass = result.masses[term.name]
+            self.value[number] += float(result.terms[term.name]) * mass
+            self.rows[number] += result.counts[term.name]
+            self.masses[number] += mass
             if (sets := result.sets.get(term.name)) is not None:
                 self.sets[number] += sets.sets
                 self.classes[number] += sets.classes
@@ -190,7 +192,7 @@ def summary(found: Probe, share: float | None = None) -> dict[str, Any]:
             {
                 "name": term.name,
                 "weight": weight,
-                "value": _finite(float(found.value[number]) / max(1, rows)),
+                "value": _finite(float(found.value[number]) / max(1.0, float(found.masses[number]))),
                 "rows": rows,
                 "sets": sets if term.loss.per_set else None,
                 "classes": float(found.classes[number]) / sets if sets else None,

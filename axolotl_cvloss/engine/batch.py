@@ -33,7 +33,8 @@ class Batch:
     """One evaluation of some terms on some rows.
 
     rows: on the device of the logits; ``host``: the same in main memory, so that bookkeeping waits for no device.
-    counts: number of rows by selector. denominators: what the sum over the rows of a selector is divided by.
+    counts: number of rows by selector. denominators: what the sum over the rows of a selector is divided by, which for
+        these rows alone is their mass.
     averaged: these are the rows of one process, and the gradients of all processes will be averaged, not summed.
     at_once: rows of a chunk at most, and what number of them divides a chunk's, where the source has a say.
     gradient: whether one is wanted.
@@ -74,6 +75,7 @@ class Batch:
         if group not in self.groups:
             members = self.host.scopes[term.rows].nonzero().squeeze(1)
             documents = self.host.documents[members]
+            weights = self.host.weights.get(term.rows)
             self.groups[group] = Sets(
                 self.host.labels,
                 members,
@@ -81,7 +83,7 @@ class Batch:
                 self.vocab_size,
                 device=self.rows.labels.device,
                 joint=term.per == "global",
-                weights=self.host.weights,
+                weights=None if weights is None else weights.to(self.dtype),
             )
         return self.groups[group]
 
@@ -110,8 +112,8 @@ class Batch:
         mask = self.rows.scopes[term.rows][rows]
         values = checked(term, term(statistics), {"one value a row": mask.shape})
         self.demand_gradient(term, values)
-        if self.rows.weights is not None:
-            values = values * self.rows.weights[rows]
+        if (weights := self.rows.weights.get(term.rows)) is not None:
+            values = values * weights[rows]
         value = torch.where(mask, values, 0).sum()
         if report:
             self.report(term, value)

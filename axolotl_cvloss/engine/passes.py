@@ -27,7 +27,8 @@ from .views import FusedView, View
 
 @dataclass
 class Outcome:
-    """``loss`` is the weighted sum; ``means`` has for each term its mean over the rows (or sets) of its scope.
+    """``loss`` is the weighted sum; ``means`` has for each term its mean over the rows (or sets) of its scope: its sum
+    divided by the mass of the rows.
 
     ``diagnostics`` has the means of entropy and accuracy over the trained rows, where they were asked for.
     """
@@ -67,7 +68,7 @@ def compute(
     for family, found in families.items():
         if family.on_logits is not None:
             loss = loss + family.on_logits(found, source.tensors[0], batch)
-    means = {t.name: batch.sums[t.name] / max(1, batch.counts[t.rows]) for t in terms}
+    means = {t.name: batch.sums[t.name] / max(1, batch.host.masses[t.rows]) for t in terms}
     trained = {
         name: torch.where(batch.rows.scopes[COMPLETION], values, 0).sum() / max(1, batch.counts[COMPLETION])
         for name, values in batch.statistics.items()

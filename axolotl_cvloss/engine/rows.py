@@ -47,7 +47,9 @@ class Rows:
     labels: (N,) its target.
     documents: (N,) number of its document; not decreasing.
     scopes: for each selector, (N,) bool, whether the row belongs to it.
-    weights: (N,) what the values of a row are multiplied by, or None: all alike.
+    weights: for each selector, (N,) what the values of a row are multiplied by; empty: all alike.
+    masses: for each selector, what the sum over its rows is divided by: n^(1 - power) of each document with n of them,
+        summed. That is the number of rows where the power is 0.
     given: by the name of a statistic, (N,) numbers of each row's target that came with the batch.
     aligned: (B, T) all labels, in line with the rows of logits, as the paper's code has them.
     shifted: whether that took a shift.
@@ -57,7 +59,8 @@ class Rows:
     labels: Tensor
     documents: Tensor
     scopes: dict[Selector, Tensor]
-    weights: Tensor | None
+    weights: dict[Selector, Tensor]
+    masses: dict[Selector, float]
     given: dict[str, Tensor]
     aligned: Tensor
     shifted: bool
@@ -73,9 +76,15 @@ class Rows:
             labels=self.labels[:count],
             documents=self.documents[:count],
             scopes={selector: mask[:count] for selector, mask in self.scopes.items()},
-            weights=None if self.weights is None else self.weights[:count],
+            weights={selector: weights[:count] for selector, weights in self.weights.items()},
             given={name: values[:count] for name, values in self.given.items()},
         )
+
+    def of_documents(self, selector: Selector = COMPLETION) -> tuple[Tensor, Tensor, Tensor]:
+        """The places (M,) of a selector's rows, the number 0 to D - 1 of the document of each, and its rows, (D,)."""
+        members = self.scopes[selector].nonzero().squeeze(1)
+        found = torch.unique_consecutive(self.documents[members], return_inverse=True, return_counts=True)
+        return members, *found[1:]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
         """On a device, with weights of that dtype."""
@@ -114,6 +123,7 @@ def select_rows(
     example_weights: Tensor | None = None,
     reference_logps: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
+    power: float = 0.0,
 ) -> Rows:
     """The rows of a batch that some selectors name, in main memory.
 
@@ -128,6 +138,7 @@ def select_rows(
         example_weights: (B,), one an example, or one a token in the shape of the labels.
         reference_logps: In the shape of the labels, log p of each of these tokens under a reference model.
         columns: Those that selectors name, by name; (B,), one an example, or one a token in the shape of the labels.
+        power: Each row weighs n^-power, where its document has n rows of the selector.
     """
     acting = dict.fromkeys(s.where for s in selectors if s.where is not None)
     if missing := [name for name in acting if name not in (columns or {})]:
@@ -179,16 +190,29 @@ def select_rows(
         for kept in selector.filters:
             mask = mask & kept(targets, input_ids, documents)
         masks[selector] = mask
-    return Rows(
+    rows = Rows(
         index=index,
         labels=targets.flatten()[index],
         documents=of_rows.flatten()[index],
         scopes={selector: masks[selector].flatten()[index] for selector in selectors},
-        weights=None if weights is None else weights.flatten()[index],
+        weights={},
+        masses={},
         given={} if logps is None else {REFERENCE: logps.flatten()[index]},
         aligned=aligned_labels(labels, shift),
         shifted=shift,
     )
+    column = None if weights is None else weights.flatten()[index]
+    for selector, scope in rows.scopes.items():
+        if column is not None:
+            rows.weights[selector] = column
+        rows.masses[selector] = float(scope.sum())
+        if power:
+            members, number, sizes = rows.of_documents(selector)
+            each = sizes.double() ** -power
+            own = torch.ones(len(index), dtype=torch.float64).index_copy_(0, members, each[number])
+            rows.weights[selector] = own if column is None else own * column
+            rows.masses[selector] = float((sizes * each).sum())
+    return rows
 
 
 def _of_rows(name: str, numbers: Tensor, labels: Tensor, shift: bool) -> Tensor:

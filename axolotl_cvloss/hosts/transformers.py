@@ -38,18 +38,18 @@ ROUNDING = torch.finfo(torch.bfloat16).eps  # of a trainer's arithmetic with its
 class Sums:
     """What is logged of any number of micro-batches of one process: sums, so that none of them is kept.
 
-    A column is a value that is logged. It has four sums: of the value, of rows, of sets and of classes. Values come
-    from the accelerator, which would have to be waited for each time; so those of a few micro-batches are fetched at
-    once.
+    A column is a value that is logged. It has five sums: of the value, of rows, of sets, of classes, and of the mass of
+    the rows. Values come from the accelerator, which would have to be waited for each time; so those of a few
+    micro-batches are fetched at once.
     """
 
     def __init__(self, columns: int) -> None:
         self._waiting: list[tuple[int, Tensor, Tensor]] = []
-        self._sums = torch.zeros(4, columns, dtype=torch.float64)
+        self._sums = torch.zeros(5, columns, dtype=torch.float64)
         self._steps, self._step = 0, -1
 
     def add(self, step: int, values: Tensor, counts: Tensor) -> None:
-        """The values of the first columns, on the accelerator, and the (3, columns) counts."""
+        """The values of the first columns, on the accelerator, and the (4, columns) counts."""
         self._waiting.append((step, values, counts))
 
     @property
@@ -69,9 +69,30 @@ class Sums:
         return wrong
 
     def taken(self) -> Tensor:
-        """All sums and the number of steps, (4 * columns + 1,). They begin anew."""
+        """All sums and the number of steps, (5 * columns + 1,). They begin anew."""
         found = torch.cat([self._sums.flatten(), torch.tensor([float(self._steps)], dtype=torch.float64)])
         self.__init__(self._sums.shape[1])  # type: ignore[misc]
+        return found
+
+
+class Weighed:
+    """What the documents of some steps count by on one process: the smallest, the largest, and sums."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0  # makes the mean over the documents of a step 1
+        self.found = torch.tensor([math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
+
+    def add(self, weights: Tensor) -> None:
+        """Those of one micro-batch, (D,)."""
+        if len(weights):
+            weights, (smallest, largest, total, squares) = weights * self.scale, self.found
+            least, most = torch.minimum(smallest, weights.min()), torch.maximum(largest, weights.max())
+            self.found = torch.stack([least, most, total + weights.sum(), squares + weights.square().sum()])
+
+    def taken(self) -> Tensor:
+        """The smallest and the largest, the sum, and the sum of squares, (4,). They begin anew."""
+        found = self.found
+        self.found = Weighed().found
         return found
 
 
@@ -92,6 +113,8 @@ class ObjectiveTrainer(Trainer):
     _cv_lost: set[int]  # steps since the last _cv_check of which the objective was NaN on this rank
     _cv_checked: int  # the last step of _cv_check
     _cv_virtual_tokens: int
+    _cv_trained: Tensor  # rows of the step, on all ranks
+    _cv_weighed: Weighed
     _cv_pruning: pruning.Pruning | None
 
     def get_train_dataloader(self) -> Any:
@@ -132,7 +155,8 @@ class ObjectiveTrainer(Trainer):
         if self.cv_loss.evaluation:
             return None
         objective = self.cv_loss.objective
-        totals = torch.zeros(len(objective.selectors), dtype=torch.long, device=device)
+        sums = torch.zeros(len(objective.selectors), dtype=torch.float64)
+        trained = documents = 0
         for batch in batch_samples:
             batch = with_virtual_tokens(self._cv_virtual_tokens, batch)
             labels, shifted = batch.get("labels"), batch.get("shift_labels")
@@ -144,26 +168,39 @@ class ObjectiveTrainer(Trainer):
                 columns=self.cv_loss.columns(batch),
                 **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
             )
-            totals += torch.stack([rows.scopes[selector].sum() for selector in objective.selectors]).to(device)
+            sums += torch.tensor([rows.masses[selector] for selector in objective.selectors], dtype=torch.float64)
+            trained += int(rows.scopes[COMPLETION].sum())
+            documents += len(rows.of_documents()[2])
+        totals = torch.cat([sums, torch.tensor([trained, documents])])
+        totals = totals.to(device, torch.float32 if device.type == "mps" else torch.float64)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None]).sum(0)
-        self.cv_loss.counts = dict(zip(objective.selectors, totals.clamp_min(1), strict=True))
-        return self.cv_loss.counts[COMPLETION]
+        totals = totals.clamp_min(1)
+        *masses, self._cv_trained, documents = totals.long() if objective.config.examples is None else totals
+        self.cv_loss.counts = dict(zip(objective.selectors, masses, strict=True))
+        if objective.config.examples is not None:
+            self._cv_weighed.scale = float(documents / masses[0])
+        # What goes through the model must be no fraction: FSDP casts these to bfloat16 on the way.
+        return self._cv_trained.long()
 
     def _cv_record(self, result: ObjectiveResult) -> None:
         training, terms = self.cv_loss.model.training, self.cv_loss.objective.terms
         rows = [*(result.counts[term.name] for term in terms), result.n_tokens]
         values = [*(result.terms[term.name] for term in terms), result.nll]
-        weights: list[Any] = list(rows)
+        masses = [*(result.masses[term.name] for term in terms), result.n_tokens]
+        weights: list[Any] = list(masses)
         if training:
             # Of the mean over the rows of a step, this is what the rows of this micro-batch make.
-            selectors = [*(term.rows for term in terms), COMPLETION]
-            counts = [self.cv_loss.counts.get(which, max(1, n)) for which, n in zip(selectors, rows, strict=True)]
+            known = self.cv_loss.counts
+            counts = [
+                *(known.get(term.rows, max(1, result.masses[term.name])) for term in terms),
+                self._cv_trained if known else max(1, result.n_tokens),
+            ]
             weights = [
-                n / torch.as_tensor(count, device=result.nll.device) for n, count in zip(rows, counts, strict=True)
+                n / torch.as_tensor(count, device=result.nll.device) for n, count in zip(masses, counts, strict=True)
             ]
             # Gradients are averaged over processes. Without a count the result is the micro-batch's own mean.
-            part = 1.0 if self.cv_loss.counted else weights[-1]
+            part = 1.0 if self.cv_loss.counted else result.mass / known.get(COMPLETION, max(1, result.mass))
             self._cv_expected, self._cv_gradient = part * self.accelerator.num_processes, None
             self._cv_asked = result.loss.requires_grad
             if result.loss.requires_grad:
@@ -171,12 +208,15 @@ class ObjectiveTrainer(Trainer):
             else:  # inside a checkpoint, which computes it again for the backward pass
                 self._cv_used = True
         if result.aux_loss is not None:
-            rows, values = [*rows, result.n_tokens], [*values, result.aux_loss.to(result.nll.device)]
+            rows, masses = [*rows, result.n_tokens], [*masses, result.n_tokens]
+            values = [*values, result.aux_loss.to(result.nll.device)]
             weights = [*weights, 1.0 if training else result.n_tokens]  # it is a part of the mean already
         sets = [result.sets.get(term.name, SetCounts(0, 0)) for term in terms]
-        numbers = torch.zeros(3, len(terms) + 2, dtype=torch.float64)
-        numbers[0, : len(rows)] = torch.tensor(rows)
-        numbers[1:, : len(sets)] = torch.tensor([[s.sets for s in sets], [s.classes for s in sets]])
+        numbers = torch.zeros(4, len(terms) + 2, dtype=torch.float64)
+        numbers[0, : len(rows)], numbers[3, : len(rows)] = torch.tensor(rows), torch.tensor(masses)
+        numbers[1:3, : len(sets)] = torch.tensor([[s.sets for s in sets], [s.classes for s in sets]])
+        if training and result.document_weights is not None:
+            self._cv_weighed.add(result.document_weights)
         sums = self._cv_sums[training]
         weighted = torch.stack([value.detach() * weight for value, weight in zip(values, weights, strict=True)])
         sums.add(self.state.global_step, weighted, numbers)
@@ -242,8 +282,9 @@ class ObjectiveTrainer(Trainer):
         ``cv_loss/TERM/share`` is the norm of the weighted term's gradient in the logits over the sum of these norms, on
         a sample of the rows of the last micro-batch; of an objective with several terms, where steps are logged.
         ``cv_loss/TERM/tokens`` is the number of rows of a step, ``.../sets`` that of sets, ``.../classes`` that of
-        classes present in a set. An evaluation is one step, and nothing is logged of one without a trained row on any
-        rank.
+        classes present in a set. ``cv_loss/examples/`` has the smallest and the largest of what documents count by,
+        where their mean is 1, and their effective number in a step, (sum w)^2 / sum w^2. An evaluation is one step, and
+        nothing is logged of one without a trained row on any rank.
         """
         self._cv_fold(training)
         terms = self.cv_loss.objective.terms
@@ -251,20 +292,26 @@ class ObjectiveTrainer(Trainer):
         squares = torch.zeros(len(terms), dtype=torch.float64)
         if training and self._cv_gradients is not None:
             squares, self._cv_gradients = self._cv_gradients.cpu().double().square(), None
-        every = torch.cat([self._cv_sums[training].taken(), squares])[None]
+        weighed = (self._cv_weighed if training else Weighed()).taken()
+        every = torch.cat([self._cv_sums[training].taken(), weighed, squares])[None]
         if self.args.world_size > 1:
             every = self.accelerator.gather(every.to(self.args.device, torch.float32)).double().cpu()
         norms = every[:, -len(terms) :].sum(0).sqrt()
-        every = every[:, : -len(terms)]
-        steps, sums = int(every[:, -1].max()) if training else 1, every[:, :-1].sum(0).view(4, len(terms) + 2)
+        every, weighed = every[:, : -len(terms) - 4], every[:, -len(terms) - 4 : -len(terms)]
+        steps, sums = int(every[:, -1].max()) if training else 1, every[:, :-1].sum(0).view(5, len(terms) + 2)
         if not steps or (not training and not sums[1].any()):
             return {}
-        means = (sums[0] / (steps if training else sums[1].clamp_min(1))).tolist()
-        rows, sets, classes = (sums[1:] / steps).tolist()
+        means = (sums[0] / (steps if training else sums[4].clamp_min(1))).tolist()
+        rows, sets, classes = (sums[1:4] / steps).tolist()
         logs = {f"cv_loss/{term.name}": mean for term, mean in zip(terms, means, strict=False)}
         logs["cv_loss/nll"] = means[-2]
         if rows[-1]:
             logs["cv_loss/aux_loss"] = means[-1]
+        total, squares = weighed[:, 2:].sum(0)
+        if float(squares):
+            logs["cv_loss/examples/smallest"] = float(weighed[:, 0].min())
+            logs["cv_loss/examples/largest"] = float(weighed[:, 1].max())
+            logs["cv_loss/examples/effective"] = float(total**2 / squares) / steps
         for number, term in enumerate(terms):
             if float(norms.sum()):
                 logs[f"cv_loss/{term.name}/share"] = float(norms[number] / norms.sum())
@@ -279,7 +326,9 @@ class ObjectiveTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._cv_lost, self._cv_checked = set(), 0
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self.cv_loss.counts = {}  # they are those of the last step
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._cv_pruning is None:
@@ -500,6 +549,7 @@ def connect(trainer: Trainer) -> None:
     trainer._cv_gradient = trainer._cv_gradients = None
     trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_told = trainer._cv_reported = False
     trainer._cv_lost, trainer._cv_checked = set(), 0
+    trainer._cv_weighed = Weighed()
     trainer._cv_virtual_tokens = virtual_tokens(trainer.model)
     trainer._cv_pruning = installed.pruning = pruning.Pruning(config.prune) if config.prune else None
     if trainer._cv_pruning is not None:

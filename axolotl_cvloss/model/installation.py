@@ -63,11 +63,12 @@ class Pruning(Protocol):
 class Installation:
     """An objective in a model.
 
-    ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, for
-    terms whose rows are not the ones that ``num_items_in_batch`` counts; ``counted`` is whether the last forward was
-    given that; ``sample`` is whether the next results shall have ``gradients``; ``evaluation`` is what a trainer says
-    of a batch that it evaluates on; ``pruning`` is that of a trainer that leaves examples out. Without an evaluation
-    the outputs have logits where the model is in evaluation mode, and in training only where the objective needs them.
+    ``listeners`` are called with every result; ``counts`` holds, by scope, the rows of the accumulation window, or what
+    these count by where the objective has ``examples``, for what ``num_items_in_batch`` does not say; ``counted`` is
+    whether the last forward was given that; ``sample`` is whether the next results shall have ``gradients``;
+    ``evaluation`` is what a trainer says of a batch that it evaluates on; ``pruning`` is that of a trainer that leaves
+    examples out. Without an evaluation the outputs have logits where the model is in evaluation mode, and in training
+    only where the objective needs them.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -177,7 +178,11 @@ class Installation:
         columns = self.columns(inputs) if self.model.training else _columns(inputs, self._columns)
         inputs = {name: value for name, value in inputs.items() if name not in self._columns}
         run = partial(self.original, **inputs, return_dict=True)
-        counts = None if num_items_in_batch is None else {**self.counts, COMPLETION: num_items_in_batch}
+        counts: Mapping[Selector, Tensor | float] | None = None
+        if num_items_in_batch is not None:
+            counts = {**self.counts, COMPLETION: num_items_in_batch}
+            if self.objective.config.examples is not None and self.counts:  # a Trainer counts tokens
+                counts = self.counts
         given: dict[str, Any] = {
             "labels": labels if shift_labels is None else shift_labels,
             "shift": shift_labels is None,
@@ -227,7 +232,7 @@ class Installation:
         # Of a model on several devices, the head's is not Trainer's; and Trainer scales the loss in place.
         loss = result.loss.to(given["labels"].device, copy=True)
         # As the rest of the loss, what is added is a mean over the step, of which this micro-batch is a part.
-        share = 1.0 if num_items_in_batch is None else result.n_tokens / max(1, float(num_items_in_batch))
+        share = 1.0 if counts is None else result.mass / max(1, float(counts[COMPLETION]))
         if isinstance(added := share * self._auxiliary(outputs, loss.device), Tensor):
             loss, result = loss + added, replace(result, aux_loss=added.detach())
         for listener in self.listeners:

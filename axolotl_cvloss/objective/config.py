@@ -105,6 +105,19 @@ class TermConfig(BaseModel):
 TERM_FIELDS = tuple(name for name, field in TermConfig.model_fields.items() if not field.exclude)
 
 
+class ExamplesConfig(BaseModel):
+    """How the documents of a step are weighed against each other, for all terms."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    normalize: Literal["tokens", "examples", "square_root"] = Field(
+        "tokens", description="What a document with n rows counts by: n, 1, or the square root of n."
+    )
+
+    def __str__(self) -> str:
+        return f"normalize: {self.normalize}"
+
+
 class CVLossConfig(BaseModel):
     """The whole key in its long form."""
 
@@ -116,6 +129,9 @@ class CVLossConfig(BaseModel):
     )
     example_weights: str | None = Field(
         None, min_length=1, description="A column of the dataset with a weight for each example, or for each token."
+    )
+    examples: ExamplesConfig | None = Field(
+        None, description="How the documents of a step are weighed, such as {normalize: examples}."
     )
     prune: PruneConfig | None = Field(
         None,
@@ -145,6 +161,8 @@ class CVLossConfig(BaseModel):
         if "prune" in fields:
             fields["prune"] = _switch(PruneConfig, fields["prune"], f"{KEY}.prune", problems)
         terms = [_term(term, where, problems) for where, term in fields.pop("terms")]
+        if "examples" in fields:
+            fields["examples"] = _examples(fields["examples"], problems)
         config = _validate(cls, {"terms": [], **fields}, KEY, problems, skip="terms")
         if not terms and not problems:
             problems.append(f"{KEY}: names no loss; allowed: {', '.join(available_losses())}")
@@ -195,8 +213,8 @@ class CVLossConfig(BaseModel):
 
     def dump(self) -> dict[str, Any]:
         """The long form as plain data; ``parse`` reads it back."""
+        more = self.model_dump(include={"examples", "prune"}, exclude_none=True)
         terms = [term.dump() for term in self.terms]
-        more = {} if self.prune is None else {"prune": self.prune.model_dump()}
         return {"terms": terms, "head": self.head, **self.given_by, **more, "reference": self.reference}
 
 
@@ -287,6 +305,16 @@ def _switch(model: type[BaseModel], given: Any, where: str, problems: list[str])
         problems.append(f"{where}: must be true, false, or a mapping such as {{{such}}}, not {_show(given)}")
         return None
     return _validate(model, {_word(key): value for key, value in given.items()}, where, problems)
+
+
+def _examples(given: Any, problems: list[str]) -> ExamplesConfig | None:
+    where = f"{KEY}.examples"
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not given:
+        problems.append(f"{where}: must be a mapping such as {{normalize: examples}}, not {_show(given)}")
+        return None
+    return _validate(ExamplesConfig, {_word(key): value for key, value in given.items()}, where, problems)
 
 
 def _is_schedule(value: Any) -> bool:
@@ -414,6 +442,8 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                     problems.append(f"{KEY}.reference: {term.loss} of the paper's code has no {name}; leave it out")
         if config.example_weights is not None:
             problems.append(f"{KEY}.reference: the paper's code knows no example_weights; leave them out")
+        if config.examples is not None:
+            problems.append(f"{KEY}.reference: the paper's code weighs all rows alike; leave examples out")
         if config.prune is not None:
             problems.append(f"{KEY}.reference: the paper's code knows no prune; leave it out")
         if config.head == "fused":

@@ -25,6 +25,7 @@ Count = Tensor | float | None
 Counts = Count | Mapping[str | Selector, Count]
 
 SAMPLE = 256  # rows, for the gradients of single terms
+POWERS = {"tokens": 0.0, "square_root": 0.5, "examples": 1.0}  # rows of a document with n of them weigh n^-power
 
 
 @dataclass
@@ -36,6 +37,11 @@ class ObjectiveResult:
     nll: mean -log p of the trained rows, in nats, detached; there whatever the terms are.
     n_tokens: number of trained rows.
     counts: for each term, the number of rows its mean is over.
+    masses: for each term, what its mean is divided by: counts, or where ``examples.normalize`` says so, the number of
+        documents or the sum of the square roots of their rows.
+    mass: the same of the trained rows.
+    document_weights: (D,) what each document with trained rows counts by, the sum of their weights, in main memory;
+        None unless the key has ``examples``.
     sets: for each set-level term, the number of sets, and of classes present in them.
     diagnostics: means over the trained rows of ``entropy`` (in nats) and ``accuracy`` (the likeliest token is the
         label), where ``objective.diagnose`` asks for them.
@@ -50,6 +56,9 @@ class ObjectiveResult:
     nll: Tensor
     n_tokens: int
     counts: dict[str, int] = field(default_factory=dict)
+    masses: dict[str, float] = field(default_factory=dict)
+    mass: float = 0.0
+    document_weights: Tensor | None = None
     sets: dict[str, SetCounts] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +82,8 @@ class BatchInputs(TypedDict, total=False):
         shape of the labels. A token's number counts for the row that predicts this token. ``where`` of a term needs
         its own; that of ``example_weights`` is used where no weights are given.
     num_items_in_batch: What sums over rows are divided by, where accumulated micro-batches make one step: the trained
-        tokens of all of them. A mapping gives a count for each scope. None, the default: the rows given.
+        tokens of all of them, or with ``examples.normalize`` what ``Objective.mass`` gives, summed over them. A mapping
+        gives a number for each scope. None, the default: of the rows given.
     """
 
     shift: bool
@@ -171,19 +181,29 @@ class Objective:
         if self.needs_tokenizer or self.needs_label_counts:
             what = "tokenizer" if self.needs_tokenizer else "label_counts"
             raise ValueError(f"{KEY}: {self} needs to know more; use Objective.from_config(..., {what}={what})")
+        examples = self.config.examples
+        power = POWERS[examples.normalize] if examples else 0.0
         for keyword, name in self.config.given_by.items():
             if inputs.get(keyword) is None and columns and name in columns:
                 inputs[keyword] = columns[name]
-        return select_rows(labels, selectors=self.selectors, columns=columns, **inputs)
+        return select_rows(labels, selectors=self.selectors, columns=columns, power=power, **inputs)
+
+    def mass(self, labels: Tensor, **inputs: Any) -> float:
+        """What the sum over the trained rows of a batch is divided by: their number, unless the key has ``examples``.
+
+        Its sum over the micro-batches of a step is the ``num_items_in_batch`` that makes them one big batch. Keywords
+        as those of ``rows.select_rows``.
+        """
+        return self.select_rows(labels, **inputs).masses[COMPLETION]
 
     def __str__(self) -> str:
         def weight(term: Term) -> str:
             schedule = term.schedules.get("weight")
             return f"{term.weight:g}" if schedule is None else str(schedule)
 
-        return " + ".join(f"{weight(term)} {term.name}" for term in self.terms) + (
-            " (the paper's code)" if self.config.papers_code else ""
-        )
+        terms = " + ".join(f"{weight(term)} {term.name}" for term in self.terms)
+        how = "the paper's code" if self.config.papers_code else self.config.examples
+        return f"{terms} ({how})" if how else terms
 
     def __repr__(self) -> str:
         return f"Objective({self.config.dump()})"
@@ -351,12 +371,16 @@ class Objective:
     def _result(self, outcome: Outcome, batch: Batch, gradients: dict[str, Tensor]) -> ObjectiveResult:
         trained = batch.host.scopes[COMPLETION].nonzero().squeeze(1)
         logp = batch.statistics["logp"].detach()
+        counts, masses = batch.counts, batch.host.masses
         return ObjectiveResult(
             loss=outcome.loss,
             terms={term.name: outcome.means[term.name] for term in self.terms},
             nll=outcome.nll,
-            n_tokens=batch.counts[COMPLETION],
-            counts={term.name: batch.counts[term.rows] for term in self.terms},
+            n_tokens=counts[COMPLETION],
+            counts={term.name: counts[term.rows] for term in self.terms},
+            masses={term.name: masses[term.rows] for term in self.terms},
+            mass=masses[COMPLETION],
+            document_weights=None if self.config.examples is None else _document_weights(batch.host),
             sets=outcome.sets,
             diagnostics=outcome.diagnostics,
             gradients=gradients,
@@ -384,7 +408,7 @@ def _batch(source: LogitSource, rows: Rows, num_items_in_batch: Counts, device: 
         rows=rows.to(device, source.dtype),
         host=rows,
         counts=counts,
-        denominators=_denominators(counts, num_items_in_batch, device),
+        denominators=_denominators(rows.masses, num_items_in_batch, device, source.dtype),
         averaged=num_items_in_batch is None,
         vocab_size=source.vocab_size,
         dtype=source.dtype,
@@ -410,33 +434,41 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
         )
 
 
+def _document_weights(rows: Rows) -> Tensor:
+    """(D,) the sum of the weights of each document's trained rows."""
+    members, number, sizes = rows.of_documents()
+    if (weights := rows.weights.get(COMPLETION)) is None:
+        return sizes.double()
+    return torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, number, weights[members].double())
+
+
 def _denominators(
-    counts: Mapping[Selector, int], given: Counts, device: torch.device
+    masses: Mapping[Selector, float], given: Counts, device: torch.device, dtype: torch.dtype
 ) -> dict[Selector, Tensor | float]:
-    """What the sum over the rows of each selector is divided by.
+    """What the sum over the rows of each selector is divided by; ``masses`` are those of the micro-batch.
 
     Where only the trained tokens of the step are known, a micro-batch's mean over other rows counts by its share of the
     trained tokens.
     """
     if given is None:
-        return {rows: float(max(1, count)) for rows, count in counts.items()}
+        return {rows: max(1.0, mass) for rows, mass in masses.items()}
     if not isinstance(given, Mapping):
         given = {COMPLETION: given}
     known = {
-        rows if isinstance(rows, Selector) else Selector(rows): _at_least_one(count, device)
+        rows if isinstance(rows, Selector) else Selector(rows): _at_least_one(count, device, dtype)
         for rows, count in given.items()
         if count is not None
     }
     if COMPLETION not in known:  # nothing is known of the step, so what is left out is divided by its own rows
-        return {rows: known.get(rows, float(max(1, count))) for rows, count in counts.items()}
-    share = known[COMPLETION] / max(counts[COMPLETION], 1e-30)
-    return {rows: known.get(rows, max(1, count) * share) for rows, count in counts.items()}
+        return {rows: known.get(rows, max(1.0, mass)) for rows, mass in masses.items()}
+    share = known[COMPLETION] / max(masses[COMPLETION], 1e-30)
+    return {rows: known.get(rows, max(1.0, mass) * share) for rows, mass in masses.items()}
 
 
-def _at_least_one(count: Tensor | float, device: torch.device) -> Tensor | float:
+def _at_least_one(count: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor | float:
     """A step whose rows are all masked has a count of 0, and a sum of 0 to divide by it."""
     if not isinstance(count, Tensor):
         return max(1, count)
     if count.numel() != 1:
         raise ValueError(f"num_items_in_batch: one number is expected, not a tensor of shape {tuple(count.shape)}")
-    return count.to(device).reshape(()).clamp(min=1)
+    return count.to(device, dtype if count.is_floating_point() else None).reshape(()).clamp(min=1)

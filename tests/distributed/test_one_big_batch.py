@@ -6,12 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Batch, naive_loss
+from helpers import Batch, naive_documents, naive_loss
 from one_step import ROWS, make_model, make_rows, padded
 
 from axolotl_cvloss.engine.vocabulary import count_labels
 
-WEIGHTS = {"example_weights": "importance"}
 MIX = [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}]
 GLOBAL = {"per": "batch", "reduce": "global"}
 # Losses of every family, mixtures of them, and what needs more than a batch.
@@ -27,6 +26,8 @@ OBJECTIVES = {
     "goldfish": [{"loss": "cross_entropy", "goldfish": {"k": 3, "h": 2}}, {"loss": "dice", "weight": 0.4}],
     "mix": MIX,
     "weighted": MIX,
+    "examples": MIX,
+    "square roots": [{"loss": "cross_entropy", "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
     "sequence": [{"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
 }
 # Their sets are those of one micro-batch of all processes, so they come without accumulation.
@@ -36,7 +37,12 @@ WITHOUT_ADAPTERS = {
     "adapter off": [{"loss": "importance_weighted"}, {"loss": "anchored", "weight": 0.5, "coefficient": 0.3}]
 }
 EVERYTHING = {**OBJECTIVES, **OVER_RANKS, **WITHOUT_ADAPTERS}
-MORE = {"weighted": WEIGHTS, "adapter off": {"reference": "adapter_off"}}  # of the key beside the terms
+MORE = {  # of the key beside the terms
+    "weighted": {"example_weights": "importance"},
+    "examples": {"examples": {"normalize": "examples"}},
+    "square roots": {"examples": {"normalize": "square_root"}},
+    "adapter off": {"reference": "adapter_off"},
+}
 
 # What each launch of processes runs: that of transformers' Trainer.
 PLAIN = {"processes": 1, "sharding": "none", "reshard": True, "head_unit": False, "adapter": "full"}
@@ -64,7 +70,7 @@ LAUNCHES = {
 }
 # Those that `make test` runs too, with these objectives only.
 QUICK = ("DDP", "FSDP2, head unit")
-QUICK_OBJECTIVES = ("mix", "sequence", "number_token_wasserstein", "weighted", "global dice")
+QUICK_OBJECTIVES = ("mix", "sequence", "number_token_wasserstein", "weighted", "examples", "global dice")
 UNTRAINED = {1: ("none", "rank"), 2: ("none", "micro-batch", "rank"), 4: ("none",)}  # by accumulation
 
 
@@ -121,6 +127,9 @@ def big_batch(case, autocast=False):
             elif term["loss"].startswith("number"):
                 term["numbers"] = {number: float(number) for number in range(10)}
         of_batch = weighted_loss if case["name"] == "weighted" else naive_loss
+        if "examples" in case["cv_loss"]:
+            power = {"examples": 1, "square_root": 0.5}[case["cv_loss"]["examples"]["normalize"]]
+            of_batch = partial(naive_documents, power=power)
         if case["name"] in WITHOUT_ADAPTERS:
             with torch.no_grad(), model.disable_adapter():
                 base = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits

@@ -108,6 +108,33 @@ def test_a_weight_column_reaches_the_objective(loss, make_trainer, make_model): 
     check(gradients, one_big_batch(make_model, config, DATA, weights=weights))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize("normalize", ["examples", "square_root"])
+def test_documents_count_alike_however_the_step_is_cut(normalize, accumulation, make_trainer, make_model):  # noqa: F811
+    """In training; what is logged in evaluation is the mean over all documents too, not over batches."""
+    config = {"cross_entropy": 0.6, "lovasz": 0.4, "examples": {"normalize": normalize}}
+    arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    more = {"evaluated": DATA, "eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 3}
+    trainer, gradients = accumulated(make_trainer, config, DATA, **arguments, **more)
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    trainer.train()
+    check(gradients, one_big_batch(make_model, config, DATA))
+    (entry,), (before, _) = history(trainer), history(trainer, "eval_loss")
+    for name in ("cross_entropy", "lovasz", "nll"):
+        assert before[f"eval_cv_loss/{name}"] == pytest.approx(entry[f"cv_loss/{name}"], rel=1e-6)
+    assert entry["loss"] == pytest.approx(0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/lovasz"])
+    sizes = torch.tensor([float((row["labels"][1:] != -100).sum()) for row in DATA])
+    counts = sizes**0.5 if normalize == "square_root" else sizes**0
+    said = [entry[f"cv_loss/examples/{what}"] for what in ("smallest", "largest", "effective")]
+    known = [counts.min() / counts.mean(), counts.max() / counts.mean(), counts.sum() ** 2 / counts.square().sum()]
+    assert said == pytest.approx([float(value) for value in known], rel=1e-5)
+    # A user's own batch after the training is one step.
+    batch = {**collate(DATA[:3]), "num_items_in_batch": 3.0 if normalize == "examples" else float(counts[:3].sum())}
+    with torch.no_grad():
+        assert float(trainer.model(**batch).loss) == pytest.approx(float(trainer.model(**collate(DATA[:3])).loss))
+
+
 @pytest.mark.parametrize("loss", ["unlikelihood", "dice", "squentropy", "lovasz"])
 def test_a_column_says_where_a_term_acts_under_accumulation(loss, make_trainer, make_model):  # noqa: F811
     """A number a token, cut and padded by nobody but the host; the micro-batches have different numbers of them."""
@@ -164,7 +191,9 @@ def test_axolotl(packed, make_config, train, tokenizer, problems, tmp_path):
             "cross_entropy": {"weight": 0.6, "goldfish": {"k": 3, "h": 2}},
             "ldam": 0.4,
             "example_weights": "importance",
+            "examples": {"normalize": "square_root"},
         },
+        gradient_accumulation_steps=2,
         datasets=[{"path": str(path), "ds_type": "json", "split": "train", "type": None}],
         test_datasets=None,
         eval_steps=None,
@@ -178,5 +207,7 @@ def test_axolotl(packed, make_config, train, tokenizer, problems, tmp_path):
         assert entry["cv_loss/cross_entropy/tokens"] < entry["cv_loss/ldam/tokens"]
         total = 0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/ldam"]
         assert entry["loss"] == pytest.approx(total, abs=1e-4)
+        assert entry["cv_loss/examples/smallest"] < 1 < entry["cv_loss/examples/largest"]
+        assert 4 < entry["cv_loss/examples/effective"] < entry["cv_loss/ldam/tokens"] / 2
     assert losses[-1]["cv_loss/nll"] < losses[0]["cv_loss/nll"] - 0.3
     assert "counting labels" in printed

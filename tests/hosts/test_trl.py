@@ -556,6 +556,21 @@ def test_the_example_script(conversations, run_program, tmp_path):
     assert "cv_loss/lovasz" in training[-1]
 
 
+@pytest.mark.parametrize("way", [{}, {"packing": True, "max_length": 48}], ids=["padded", "packed"])
+def test_documents_count_alike_however_a_step_is_cut(way, make_trainer):
+    """The same rows as one micro-batch, and as two."""
+    objective, found = {**MIX, "examples": {"normalize": "examples"}}, []
+    for size, steps in (4, 1), (2, 2):
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = make_trainer(objective, max_steps=2, logging_steps=1, **cut, **way)
+        trainer.train()
+        (names,) = [[name for name in trainer.state.log_history[0] if name.startswith("cv_loss/")]]
+        names = [name for name in ("loss", "grad_norm", *names) if not name.endswith("/share")]
+        found.append([entry[name] for entry in trainer.state.log_history[:2] for name in names])
+    assert "cv_loss/examples/effective" in names
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 LAID_OUT = {
     "padded": {},
     "cut": {"max_length": 20, "truncation_mode": "keep_end"},
