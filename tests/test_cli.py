@@ -415,6 +415,7 @@ TURNS = "the losses of single tokens together lower the probability of a token t
             "the weights sum to 1 at first and to 5 at last; far from 1",
         ),
         ({"cross_entropy": 1, "focal": 0}, "cv_loss.focal: its weight is 0"),
+        ({"cross_entropy": 1, "unlikelihood": 0.1}, "cv_loss.unlikelihood: it acts on the same tokens as the other"),
         ({"cross_entropy": 0.6, "lovasz": 0.4, "reference": True}, "needs all logits of a batch at once"),
     ],
 )
@@ -442,10 +443,23 @@ def test_the_probability_of_the_warning_is_where_the_gradient_turns(key, checked
         {"cross_entropy": 0.6, SELF: 0.4},
         {"cross_entropy": 0.6, "lovasz": {"weight": {"from": 0, "to": 0.4, "over": 0.3}}},
         {"cross_entropy": {"weight": 0.5, "label_smoothing": 0.1}, "focal": 0.5},
+        {"cross_entropy": 1, "unlikelihood": {"weight": 0.1, "where": "bad"}},
     ],
 )
 def test_check_does_not_cry_wolf(key, checked):
     assert checked({**AXOLOTL, "cv_loss": key})["warnings"] == []
+
+
+def test_check_says_which_columns_the_dataset_must_have(checked):
+    key = {"cross_entropy": 1, "unlikelihood": {"weight": 0.1, "where": "bad"}, "example_weights": "weight"}
+    report = checked({**AXOLOTL, "cv_loss": key})
+    for said in (
+        "cv_loss.unlikelihood.where: the dataset must have the column bad",
+        "cv_loss.example_weights: the data",
+    ):
+        assert any(said in note for note in report["notes"]), report["notes"]
+    streamed = checked({**AXOLOTL, "cv_loss": key, "streaming": True, "sample_packing": True})
+    assert any("where cannot be used with streaming with sample_packing" in error for error in streamed["errors"])
 
 
 def test_plot_has_the_values_and_the_slope_of_the_loss():

@@ -101,6 +101,10 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
         if report.config is not None and report.config.prune:
             report.errors += trl_keys.prune_conflicts(data.get)
     if report.config is not None:
+        report.notes += [
+            f"{key}: the dataset must have the column {name}, or messages with such a field"
+            for name, key in report.config.columns.items()
+        ]
         report.warnings += traps(report.config)
         report.warnings += _small_sets(report.config, data)
         report.warnings += _short_answers(report.config, data)
@@ -159,6 +163,8 @@ def _axolotl(data: Mapping[Any, Any], report: Report) -> None:
     report.errors += filter(None, [axolotl_keys.misspelt(data)])
     report.notes += axolotl_keys.savers(data.get).values()
     report.errors += axolotl_keys.conflicts(data.get)
+    if report.config is not None:
+        report.errors += axolotl_keys.lost_columns(data.get, report.config.columns)
     if _model_type(data.get("base_model")) == "mamba" and data.get("model_type") != "MambaLMHeadModel":
         report.errors.append(f"{KEY} cannot be used with {data['base_model']}: {axolotl_keys.MAMBA}")
     if (trainer := str(data.get("trainer_cls") or "")) and not trainer.startswith(("axolotl.", "trl.")):
@@ -245,7 +251,12 @@ def traps(config: CVLossConfig) -> list[str]:
             f"{KEY}: {names} without a loss of single tokens learns slowly: where the model gives a token little "
             "probability, its gradient is small too. The paper mixes 0.4 of such a loss with 0.6 of cross_entropy"
         )
-    if not config.papers_code and (where := _turning_point(trained)) is not None:
+    if len(trained) > 1 and any(term.loss == "unlikelihood" and term.where is None for term in trained):
+        found.append(
+            f"{KEY}.unlikelihood: it acts on the same tokens as the other terms, which it undoes; where: COLUMN says "
+            "on which it shall"
+        )
+    if not config.papers_code and (where := _turning_point([t for t in trained if t.where is None])) is not None:
         remedy = [
             f"; detach_weight: true in {term.loss} removes that"
             for term in trained

@@ -9,11 +9,13 @@ try:
     from pydantic import BaseModel, Field, model_validator
 
     from ..model.installation import install, installation
-    from ..objective.config import KEY, CVLossConfig
+    from ..objective.config import KEY, ConfigError, CVLossConfig
     from ..objective.objective import Objective
+    from .axolotl_columns import carry
     from .axolotl_keys import (
         MAMBA,
         conflicts,
+        lost_columns,
         misspelt,
         no_adapter,
         on_command_line,
@@ -50,6 +52,7 @@ class CVLossArgs(BaseModel):
             config = CVLossConfig.parse(data[KEY])
             problems += prune_conflicts(data.get) if config.prune else []
             problems += config.without_reference() + no_adapter(config, data.get)
+            problems += lost_columns(data.get, config.columns)
             data[KEY] = config.dump()
         except ValueError as error:
             problems.append(str(error))
@@ -85,6 +88,10 @@ class CVLossPlugin(BasePlugin):
         for key, value in on_command_line(sys.argv[1:]).items():
             cfg[key] = value
         prepare(cfg)
+        try:
+            carry(CVLossConfig.parse(_plain(cfg[KEY])) if cfg.get(KEY) is not None else None)
+        except ConfigError:
+            carry(None)  # the schema says what is wrong
 
     def pre_model_load(self, cfg: Any) -> None:
         if cfg.get(KEY) is not None and cfg.get("model_config_type") == "mamba":

@@ -82,6 +82,17 @@ def no_adapter(config: CVLossConfig, value_of: ValueOf) -> list[str]:
     return [f"{KEY}.reference: {ADAPTER_OFF} needs an adapter; write adapter: lora, or leave it out"]
 
 
+def lost_columns(value_of: ValueOf, columns: Mapping[str, str]) -> list[str]:
+    """What is wrong where the key names columns of the dataset, and Axolotl drops them."""
+    streamed = "pretraining_dataset" if value_of("pretraining_dataset") else "streaming with sample_packing"
+    packed = value_of("streaming") and value_of("sample_packing")
+    return [
+        f"{key} cannot be used with {streamed}: it drops the columns of the dataset; use datasets without streaming"
+        for key in columns.values()
+        if value_of("pretraining_dataset") or packed
+    ]
+
+
 def savers(value_of: ValueOf) -> dict[str, str]:
     """The keys to switch off, and a sentence about each."""
     if value_of("liger_use_token_scaling"):  # refused, and Liger wants its fused cross-entropy beside it

@@ -1,13 +1,19 @@
 """Columns of the dataset on their way to the loss, which hosts would drop, or could not cut, pack or pad.
 
-A column has one number an example, or one a token. Imports no host.
+A column has one number an example, or one a token; or the messages of conversations have a field of its name, with a
+number each. Imports no host.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..objective.config import CVLossConfig
+from .chats import in_messages, number_of_each_token
 
 
 class ColumnCollator:
@@ -48,6 +54,8 @@ def numbers(example: Mapping[str, Any], name: str, key: str) -> Tensor:
     Raises:
         ValueError: It has none, or as many as fit neither the example nor its tokens.
     """
+    if "input_ids" not in example:
+        raise ValueError(f"{key}: the examples have no input_ids, as where a collator makes the tokens of images")
     length, given = len(example["input_ids"]), example[name]
     try:
         found = torch.as_tensor(given, dtype=torch.float32)
@@ -63,20 +71,87 @@ def numbers(example: Mapping[str, Any], name: str, key: str) -> Tensor:
     return found.flatten().expand(length)
 
 
-def per_token(dataset: Any, columns: Mapping[str, str], cut: tuple[int, str] | None) -> tuple[Any, list[str]]:
-    """A tokenized dataset, with a list of numbers a token in each of these columns that it has; and their names.
+def missing(dataset: Any, config: CVLossConfig, evaluation: bool = False) -> str | None:
+    """What is wrong with a dataset that has not got a column; None where all are there, or it cannot be told yet."""
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list):
+        return None
+    for name, key in config.columns.items():
+        optional = evaluation and name == config.example_weights
+        if name not in names and not optional and not in_messages(dataset, name):
+            which = "evaluation" if evaluation else "training"
+            return (
+                f"{key}: the {which} set has no column {name}, and no messages with such a field; it has "
+                f"{', '.join(names)}"
+            )
+    return None
+
+
+def before_messages(dataset: Any, names: Sequence[str], config: CVLossConfig) -> dict[str, float]:
+    """Of what only messages have as a field, the number of a message without it, and of what is before all of them."""
+    return {
+        name: 1.0 if name == config.example_weights else 0.0
+        for name in config.columns
+        if name not in names and in_messages(dataset, name)
+    }
+
+
+def per_token(
+    dataset: Any, config: CVLossConfig, cut: tuple[int, str] | None, tokenizer: Any, template: str | None
+) -> tuple[Any, list[str]]:
+    """A dataset that SFTTrainer has tokenized, with a list of numbers a token in each column of ``config``.
+
+    Gives with it the names of those that it has: an evaluation set may be without weights.
 
     Args:
-        cut: The length that SFTTrainer will cut examples to, and ``keep_start`` or ``keep_end``.
+        cut: The length that examples will be cut to, and ``keep_start`` or ``keep_end``.
+        template: By which conversations have become text; None: the tokenizer's.
     """
     names = dataset.column_names or list(next(iter(dataset)))
-    there = {name: key for name, key in columns.items() if name in names}
-    return dataset.map(_listed, fn_kwargs={"columns": there, "cut": cut}) if there else dataset, list(there)
+    before = before_messages(dataset, names, config)
+    there = {name: key for name, key in config.columns.items() if name in names or name in before}
+    if not there:
+        return dataset, []
+    more = {"columns": there, "before": before, "cut": cut, "tokenizer": tokenizer, "template": template}
+    return dataset.map(_listed, fn_kwargs=more), list(there)
 
 
-def _listed(example: Mapping[str, Any], columns: Mapping[str, str], cut: tuple[int, str] | None) -> dict[str, Any]:
-    found = {name: numbers(example, name, key).tolist() for name, key in columns.items()}
+def _listed(
+    example: Mapping[str, Any],
+    columns: Mapping[str, str],
+    before: Mapping[str, float],
+    cut: tuple[int, str] | None,
+    tokenizer: Any,
+    template: str | None,
+) -> dict[str, Any]:
+    found = {name: numbers(example, name, key).tolist() for name, key in columns.items() if name not in before}
+    if before:
+        messages = example.get("messages") or [*example.get("prompt", ()), *example.get("completion", ())]
+        tools, more = example.get("tools"), example.get("chat_template_kwargs") or {}
+        more = {"chat_template": template, "tools": json.loads(tools) if isinstance(tools, str) else tools, **more}
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **more)
+        for name, number in before.items():
+            found[name] = of_messages(messages, name, columns[name], number, example["input_ids"], tokenizer, render)
     if cut is None:
         return found
     kept = slice(-cut[0], None) if cut[1] == "keep_end" else slice(cut[0])
     return {name: values[kept] for name, values in found.items()}
+
+
+def of_messages(
+    messages: Sequence[Mapping[str, Any]],
+    name: str,
+    key: str,
+    before: float,
+    input_ids: Sequence[int],
+    tokenizer: Any,
+    render: Callable[..., str],
+) -> list[float]:
+    """The number of each token, from a field of messages; those without it have ``before``."""
+    values = [before if message.get(name) is None else message[name] for message in messages]
+    if wrong := [value for value in values if not isinstance(value, int | float)]:
+        raise ValueError(f"{key}: {name} is {wrong[0]!r:.60} in a message; give a number")
+    try:
+        return number_of_each_token(messages, [float(v) for v in values], input_ids, tokenizer, render, before)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -537,7 +537,9 @@ def connect(trainer: Trainer) -> None:
     switch_off(trainer.args)
     installed.objective = _complete(installed.objective, trainer)
     if wanted := config.columns:
-        trainer.data_collator = ColumnCollator(trainer.data_collator, wanted)
+        for name in ("data_collator", "eval_data_collator"):  # Axolotl has two
+            if (collator := getattr(trainer, name, None)) is not None:
+                setattr(trainer, name, ColumnCollator(collator, wanted))
     # Behind all classes of the trainer, just before Trainer: their log() adds to the logs first.
     cls = type(trainer)
     bases = (ObjectiveTrainer,) if cls is Trainer else (cls, ObjectiveTrainer)

@@ -7,7 +7,7 @@ transformers' Trainer here, and what SFTTrainer logs is taken from the objective
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -25,7 +25,7 @@ from ..model.installation import install, installation
 from ..objective.config import KEY, ConfigError, CVLossConfig
 from ..objective.objective import Objective
 from . import prune_keys
-from .columns import per_token
+from .columns import missing, per_token
 from .pruning import streamed
 from .transformers import ObjectiveTrainer, attach, switch_off
 from .trl_keys import conflicts, no_adapter, parallel, prune_conflicts
@@ -90,6 +90,7 @@ class CVLossSFTTrainer(SFTTrainer):
         adapted = not isinstance(model, str) or bound.get("peft_config") is not None  # of a model the model will tell
         if problems := no_adapter(CVLossConfig.parse(args.cv_loss), adapted):
             raise ConfigError("\n".join(problems))
+        _check_columns(bound, args.cv_loss)
         switch_off(args)
         with _adapters_on_the_head():
             super().__init__(model, args, *more, **named)
@@ -111,7 +112,8 @@ class CVLossSFTTrainer(SFTTrainer):
     ) -> Any:
         """SFTTrainer's, but with the columns that the key names: it would neither cut nor pack them, but drop them."""
         key = getattr(args, KEY, None)
-        if key is None or not (columns := CVLossConfig.parse(key).columns):
+        config = None if key is None else CVLossConfig.parse(key)
+        if config is None or not config.columns:
             return super()._prepare_dataset(dataset, processing_class, args, packing, *more, **named)
         # Tokens and labels first, in full; then they are cut or packed together with what is beside them.
         whole = copy.copy(args)
@@ -119,7 +121,7 @@ class CVLossSFTTrainer(SFTTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, *more, **named)
         with PartialState().main_process_first():
             cut = None if packing or args.max_length is None else (args.max_length, args.truncation_mode)
-            dataset, there = per_token(dataset, columns, cut)
+            dataset, there = per_token(dataset, config, cut, self._tokenizer, getattr(self, "chat_template", None))
             if not packing:
                 whole.max_length, whole.shuffle_dataset = args.max_length, args.shuffle_dataset
                 return super()._prepare_dataset(dataset, processing_class, whole, False, *more, **named)
@@ -173,6 +175,16 @@ class CVLossSFTTrainer(SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(aux_loss / self.args.world_size)
+
+
+def _check_columns(given: Mapping[str, Any], key: Any) -> None:
+    """Raise for datasets of a trainer that have not got the columns that the key names."""
+    config, evaluation = CVLossConfig.parse(key), given.get("eval_dataset")
+    sets = [(given.get("train_dataset"), False)]
+    sets += [(each, True) for each in (evaluation.values() if isinstance(evaluation, Mapping) else [evaluation])]
+    for dataset, evaluated in sets:
+        if problem := missing(dataset, config, evaluated):
+            raise ConfigError(problem)
 
 
 def _only_for_ours(init: Callable[..., None]) -> Callable[..., None]:

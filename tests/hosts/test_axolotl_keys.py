@@ -166,6 +166,19 @@ def test_nothing_is_refused_without_the_key(make_config, manager):
     assert validated(make_config(cv_loss=None, chunked_cross_entropy=True)).chunked_cross_entropy
 
 
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"pretraining_dataset": [{"path": "x"}], "datasets": None}, "pretraining_dataset"),
+        ({"streaming": True, "sample_packing": True}, "streaming with sample_packing"),
+    ],
+)
+def test_columns_that_streaming_drops_are_refused(keys, named, make_config, manager):
+    config = make_config(**keys, cv_loss={"focal": {"where": "bad"}})
+    with pytest.raises(ValueError, match=rf"cv_loss\.focal\.where cannot be used with {named}: it drops the columns"):
+        validated(config)
+
+
 def test_every_problem_is_named_at_once(make_config, manager):
     with pytest.raises(ValueError, match="use_eaft") as error:
         validated(make_config(cv_loss={"lovas": 1, "focal": {"gamma": -1}}, use_eaft=True, rl="dpo"))

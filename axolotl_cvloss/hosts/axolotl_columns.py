@@ -1,0 +1,123 @@
+"""Columns of the dataset through Axolotl's preparation, which keeps those alone that its strategies make.
+
+Three of its functions are put in brackets: that which gives a dataset to a strategy, that which cuts long examples, and
+that which names what is prepared, so that data prepared without the columns are not taken.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from hashlib import md5
+from typing import Any
+
+from ..objective.config import KEY, CVLossConfig
+from .columns import before_messages, missing, numbers, of_messages
+
+_wanted: list[CVLossConfig] = []  # the config of the run, if its key names columns
+
+
+def carry(config: CVLossConfig | None) -> None:
+    """Keep the columns that the key of a run names, or nothing more than Axolotl does."""
+    _wanted[:] = [config] if config is not None and config.columns else []
+    if not _wanted:
+        return
+    from axolotl.utils.data import sft, utils, wrappers
+
+    for module, name, bracket in (
+        (wrappers, "wrap_dataset_for_tokenized_prompt", _strategy),
+        (utils, "truncate_long_seq", _cut),
+        (sft, "generate_dataset_hash_from_config", _named),
+    ):
+        if (function := getattr(module, name, None)) is None:
+            raise RuntimeError(
+                f"{KEY}: this version of Axolotl prepares data in another way, and the columns "
+                f"{', '.join(_wanted[0].columns)} of the dataset would not come to the loss"
+            )
+        if not hasattr(function, "_cv_loss"):
+            bracketed = wraps(function)(partial(bracket, function))
+            bracketed._cv_loss = True  # type: ignore[attr-defined]
+            setattr(module, name, bracketed)
+
+
+def _strategy(wrap: Callable[..., Any], prompt_tokenizer: Any, dataset: Any, **more: Any) -> Any:
+    if not _wanted:
+        return wrap(prompt_tokenizer, dataset, **more)
+    (config,) = _wanted
+    if problem := missing(dataset, config):
+        raise ValueError(problem)
+    names = dataset.column_names or list(next(iter(dataset)))
+    own = {name: key for name, key in config.columns.items() if name in names}
+    fields = {name: (config.columns[name], n) for name, n in before_messages(dataset, names, config).items()}
+    return wrap(Carrying(prompt_tokenizer, own, fields), dataset, **more)
+
+
+def _cut(truncate: Callable[..., Any], sample: Any, sequence_len: int = 2048) -> Any:
+    lengths = [len(ids) for ids in sample["input_ids"]]
+    for name in _wanted[0].columns if _wanted else ():
+        for i, length in enumerate(lengths if name in sample else ()):
+            if isinstance(values := sample[name][i], list) and len(values) == length:
+                sample[name][i] = values[:sequence_len]
+    return truncate(sample, sequence_len=sequence_len)
+
+
+def _named(generate: Callable[..., str], cfg: Any, *more: Any, **named: Any) -> str:
+    plain = generate(cfg, *more, **named)
+    columns = sorted(_wanted[0].columns) if _wanted else []
+    return md5(f"{plain} {columns}".encode(), usedforsecurity=False).hexdigest() if columns else plain
+
+
+class Carrying:
+    """A strategy of Axolotl, and columns of the dataset beside what it makes, a number a token.
+
+    Args:
+        columns: The names of columns that the dataset has, and the keys that name them.
+        fields: Of those that messages have as a field, the key, and the number of a message without it.
+    """
+
+    def __init__(self, strategy: Any, columns: Mapping[str, str], fields: Mapping[str, tuple[str, float]]) -> None:
+        self.strategy, self.columns, self.fields = strategy, columns, fields
+        self.supports_batched = strategy.supports_batched
+        self.filter_rows = getattr(strategy, "filter_rows", None)
+        self.prompter, self.tokenizer = strategy.prompter, strategy.tokenizer
+
+    def tokenize_prompt(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        if not self.supports_batched:
+            return self._with_numbers(prompt, self.strategy.tokenize_prompt(prompt))
+        found = defaultdict(list)
+        for row in (dict(zip(prompt, values, strict=True)) for values in zip(*prompt.values(), strict=True)):
+            made = self.strategy.tokenize_prompt({name: [value] for name, value in row.items()})
+            for values in zip(*made.values(), strict=True):  # a long text may make several examples
+                for name, value in self._with_numbers(row, dict(zip(made, values, strict=True))).items():
+                    found[name].append(value)
+        return dict(found)
+
+    def _with_numbers(self, row: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+        example = {**made, **{name: row[name] for name in self.columns}}
+        found = {name: numbers(example, name, key).tolist() for name, key in self.columns.items()}
+        return {**made, **found, **(self._of_messages(row, made["input_ids"]) if self.fields else {})}
+
+    def _of_messages(self, row: Mapping[str, Any], input_ids: list[int]) -> dict[str, list[float]]:
+        from axolotl.utils.dict import remove_none_values
+
+        strategy, prompter = self.strategy, self.prompter
+        if not hasattr(strategy, "get_conversation_thread"):
+            key = next(key for key, _ in self.fields.values())
+            raise ValueError(
+                f"{key}: only datasets of type chat_template have it in messages; this is {type(strategy)}"
+            )
+        row = remove_none_values(row)  # as the strategy does
+        turns = strategy.get_conversation_thread(row)
+        render = partial(
+            strategy.tokenizer.apply_chat_template,
+            tokenize=False,
+            chat_template=prompter.chat_template,
+            tools=strategy._get_tools(row),
+            **prompter.chat_template_kwargs,
+        )
+        found = {}
+        for name, (key, before) in self.fields.items():
+            # A system prompt may have come before the messages, or have been taken away.
+            given: list[dict[str, Any]] = [{}] * len(turns) + list(strategy._get_messages(row))
+            numbered = [{**turn, name: of.get(name)} for turn, of in zip(turns, given[-len(turns) :], strict=True)]
+            found[name] = of_messages(numbered, name, key, before, input_ids, self.tokenizer, render)
+        return found
