@@ -48,7 +48,7 @@ def kernels_on(monkeypatch):
 
     launched, collect = [], kernels.collect
     monkeypatch.setenv(views.ENVIRONMENT, "on")
-    monkeypatch.setattr(kernels, "collect", lambda *args: launched.append(args) or collect(*args))
+    monkeypatch.setattr(kernels, "collect", lambda *args, **flags: launched.append(args) or collect(*args, **flags))
     yield
     assert launched
 
