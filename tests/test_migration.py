@@ -54,6 +54,21 @@ def llama_factory_eaft(outputs, labels):
     return (weights * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).mean()
 
 
+def xtuner(power):
+    """``CELossContext.build_batches`` of xtuner, which is not installed: each document's rows weigh n^-power."""
+
+    def loss(outputs, labels):
+        rows = zip(outputs.logits[:, :-1], labels[:, 1:], strict=True)
+        sums, weights = [], []
+        for logits, targets in rows:
+            weight = float((targets != -100).sum()) ** -power
+            sums.append(weight * torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            weights.append(weight * float((targets != -100).sum()))
+        return sum(sums) / sum(weights)
+
+    return loss
+
+
 @pytest.mark.parametrize(
     ("row", "theirs", "digits"),
     [
@@ -62,6 +77,8 @@ def llama_factory_eaft(outputs, labels):
         ("TRL: `loss_type: dft`", trl_dft, None),
         ("TRL: `loss_type: nll`", causal_lm, None),
         ("Trainer, TRL: `label_smoothing_factor", label_smoother, None),
+        ("xtuner: `loss_reduction: sample`", xtuner(1.0), None),
+        ("xtuner: `loss_reduction: square`", xtuner(0.5), None),
     ],
 )
 def test_the_gradient_is_theirs(row, theirs, digits):
