@@ -181,22 +181,21 @@ def _bend(
     for rows in blocks(p):
         here = {key: x[rows] for key, x in columns.items()}
         block = Block(labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here, rooms=rooms)
-        added, factor = (_derivative(block, [(key, times[rows]) for key, times in parts[of]]) for of in ("z", "p"))
-        share = (slope[:, None] / unit)[rows]
-        block.p.mul_(share if factor is None else factor.add_(share))
-        if added is not None:
-            block.p.add_(added)
+        # Of the logits first, as they may look at p.
+        matrices, factors = ([(_pulled(block, key), times[rows]) for key, times in parts[of]] for of in ("z", "p"))
+        factor = (slope[:, None] / unit)[rows]
+        for matrix, times in factors:
+            factor = torch.addcmul(factor, matrix, times, out=matrix)
+        block.p.mul_(factor)
+        for matrix, times in matrices:
+            block.p.addcmul_(matrix, times)
     return unit.squeeze(1)
 
 
-def _derivative(block: Block, pulled: Sequence[tuple[Key, Tensor]]) -> Tensor | None:
-    total = None
-    for key, times in pulled:
-        statistic, parameter = named(key)
-        assert statistic.pull is not None
-        matrix = statistic.pull(block, parameter)
-        total = torch.mul(matrix, times, out=block.room()) if total is None else total.addcmul_(matrix, times)
-    return total
+def _pulled(block: Block, key: Key) -> Tensor:
+    statistic, parameter = named(key)
+    assert statistic.pull is not None
+    return statistic.pull(block, parameter)
 
 
 def fitted(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

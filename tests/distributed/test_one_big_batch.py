@@ -17,11 +17,22 @@ GLOBAL = {"per": "batch", "reduce": "global"}
 OBJECTIVES = {
     "cross_entropy": [{"loss": "cross_entropy"}],
     "focal": [{"loss": "focal"}],
-    "squentropy": [{"loss": "squentropy"}],
     "dice": [{"loss": "dice"}],
     "lovasz": [{"loss": "lovasz"}],
     "topk_cross_entropy": [{"loss": "topk_cross_entropy"}],
-    "number_token_wasserstein": [{"loss": "number_token_wasserstein"}, {"loss": "cross_entropy", "weight": 0.1}],
+    "rows": [  # of number tokens, and of what is collected from all logits of a row
+        {"loss": "number_token_wasserstein"},
+        {"loss": "number_token_gaussian", "weight": 0.2, "sigma": 4.0},
+        {"loss": "weighted_cross_entropy", "weight": 0.1},
+        {"loss": "confidence_penalty", "weight": 0.2, "coefficient": 0.5},
+        {"loss": "brier", "weight": 0.3},
+        {"loss": "squentropy", "weight": 0.01},
+        {"loss": "spherical_z", "weight": 0.1},
+        {"loss": "asymmetric", "weight": 0.1},
+        {"loss": "tofu", "weight": 0.1},
+        {"loss": "aldr", "weight": 0.1},
+        {"loss": "gem", "weight": 0.1},
+    ],
     "ldam": [{"loss": "ldam"}],
     "goldfish": [{"loss": "cross_entropy", "goldfish": {"k": 3, "h": 2}}, {"loss": "dice", "weight": 0.4}],
     "mix": MIX,
@@ -70,7 +81,7 @@ LAUNCHES = {
 }
 # Those that `make test` runs too, with these objectives only.
 QUICK = ("DDP", "FSDP2, head unit")
-QUICK_OBJECTIVES = ("mix", "sequence", "number_token_wasserstein", "weighted", "examples", "global dice")
+QUICK_OBJECTIVES = ("mix", "sequence", "rows", "weighted", "examples", "global dice")
 UNTRAINED = {1: ("none", "rank"), 2: ("none", "micro-batch", "rank"), 4: ("none",)}  # by accumulation
 
 
@@ -122,10 +133,12 @@ def big_batch(case, autocast=False):
         batch = Batch(logits, inputs["labels"], documents, {"input_ids": inputs["input_ids"]})
         terms = [{k: v for k, v in term.items() if k != "reduce"} for term in case["cv_loss"]["terms"]]
         for term in terms:
-            if term["loss"] == "ldam":
+            if term["loss"] in ("ldam", "weighted_cross_entropy"):
                 term["counts"] = count_labels(row["labels"] for row in rows).tolist()
             elif term["loss"].startswith("number"):
                 term["numbers"] = {number: float(number) for number in range(10)}
+            if term["loss"] == "number_token_gaussian":
+                term["forms"] = dict.fromkeys(range(10), "")
         of_batch = weighted_loss if case["name"] == "weighted" else naive_loss
         if "examples" in case["cv_loss"]:
             power = {"examples": 1, "square_root": 0.5}[case["cv_loss"]["examples"]["normalize"]]
