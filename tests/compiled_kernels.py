@@ -28,9 +28,9 @@ def compiled(kernel, capability, dtype, everything):
     kinds = {"logits": f"*{dtype}", "labels": "*i64"} | dict.fromkeys(("scale", "softcap", "temperature"), "fp32")
     rows = ("largest", "top", "slope", "own", "mean", "of_log", "of_p", "steep", "sharp", "odds", "found")
     kinds |= dict.fromkeys(rows, "*fp32")
-    kinds |= dict.fromkeys(constants, "constexpr")
+    kinds |= {"values": f"*{dtype}", "by": "*fp32"} | dict.fromkeys(constants, "constexpr")
     # What Triton sees of the arguments: a buffer begins anywhere that 16 divides, and so do its padded rows.
-    padded = {(names.index(name),): [["tt.divisibility", 16]] for name in ("logits", "stride", "width")}
+    padded = {(names.index(name),): [["tt.divisibility", 16]] for name in _aligned(kernel)}
     source = ASTSource(
         kernel,
         {name: kinds.get(name, "i32") for name in names},
@@ -39,6 +39,10 @@ def compiled(kernel, capability, dtype, everything):
     )
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": kernels.WARPS}).asm
+
+
+def _aligned(kernel):
+    return ("values", "n", "step") if kernel is kernels.scale_kernel else ("logits", "stride", "width")
 
 
 def resources(cubin):
@@ -54,7 +58,7 @@ def resources(cubin):
 def main():
     found = []
     for capability, kernel, (dtype, everything) in product(
-        (80, 90), (kernels.collect_kernel, kernels.pull_kernel), CASES
+        (80, 90), (kernels.collect_kernel, kernels.pull_kernel, kernels.scale_kernel), CASES
     ):
         asm = compiled(kernel, capability, dtype, everything)
         accesses = re.findall(r"(ld|st)\.global\.(?:\w+::\w+\.)*((?:v\d\.)?\w+)", asm["ptx"])

@@ -138,6 +138,6 @@ def known_to_the_engine():
     if find_spec("triton"):
         from axolotl_cvloss.engine import kernels
 
-        for name in ("collect_kernel", "pull_kernel"):
+        for name in ("collect_kernel", "pull_kernel", "scale_kernel"):
             if not isinstance(kernel := getattr(kernels, name), Launched):
                 setattr(kernels, name, Launched(kernel))

@@ -98,6 +98,20 @@ def test_bf16_loses_no_more_than_in_pytorch(kernels_on, monkeypatch, key):
         assert (gradient - right).abs().max() <= 3 * lost
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_follows_scales_the_gradient(kernels_on, dtype):
+    given = inputs(dtype, bias=True)
+    gradients = []
+    for scale in (1.0, 0.25, 0.0):
+        hidden, head, labels, more = given
+        leaves = [hidden, *head.parameters()]
+        loss = Objective.from_config(KEYS["sets"]).from_hidden(hidden, head, labels, **more).loss
+        gradients.append(torch.autograd.grad(loss * scale, leaves))
+    for one, quarter, nothing in zip(*gradients, strict=True):
+        assert torch.equal(quarter, one / 4)
+        assert not nothing.any()
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="auto are the kernels there")
 @pytest.mark.parametrize(("key", "trained"), [(key, i % 2 == 0) for i, key in enumerate(KEYS)])
 def test_off_a_gpu_the_bits_are_those_without_the_kernels(monkeypatch, key, trained):

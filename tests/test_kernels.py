@@ -194,10 +194,32 @@ def test_a_row_without_a_value_has_none():
     assert logits.isnan().any(1).tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.25, -3.0, 0.0, 1e-3, math.nan])
+def test_scale(dtype, factor):
+    """No multiple of what a program takes at a time; as PyTorch rounds, or cut off, which the interpreter does."""
+    values = torch.randn(3, kernels.BLOCK // 2 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    by = torch.tensor(factor)
+    expected = values * by
+    found = kernels.scale_(values.clone(), by)
+    cut = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(found, expected, rtol=cut, atol=0, equal_nan=True)
+    if factor == 1:
+        assert torch.equal(found, values)
+
+
+def test_scale_with_more_values_than_programs(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(kernels, "PROGRAMS", 3)
+    values = torch.arange(3 * 16 * 2 + 5.0)
+    assert torch.equal(kernels.scale_(values.clone(), torch.tensor(2.0)), 2 * values)
+
+
 def test_no_rows():
     labels, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0)
     assert kernels.collect(torch.zeros(0, 5), labels, entropy=True).entropy.shape == (0,)
     assert kernels.pull_(torch.zeros(0, 5), labels, rows, rows, rows, rows).shape == (0, 5)
+    assert kernels.scale_(torch.zeros(0, 5), torch.tensor(2.0)).shape == (0, 5)
 
 
 def test_what_they_are_compiled_to(tmp_path):
@@ -207,12 +229,12 @@ def test_what_they_are_compiled_to(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 12
+    assert len(found) == 18
     for each in found:
         # What is read and written once a row: the target's logit, and numbers of the row.
         loads = [width for width in each["loads"] if width == "v4.b32"]
         stores = [width for width in each["stores"] if width == "v4.b32"]
-        pulls = each["kernel"] == "pull_kernel"
+        pulls = each["kernel"] != "collect_kernel"
         of_a_row = len(each["loads"]) - len(loads), len(each["stores"]) - len(stores)
         of_all = 16 * (2 if each["dtype"] == "bf16" else 4)  # bytes of a thread's 16 entries
         assert len(loads) * 16 == of_all, each

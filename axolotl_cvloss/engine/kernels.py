@@ -1,4 +1,5 @@
-"""Two Triton kernels over a chunk of logits, one program a row: what is collected of it, and its gradient in its place.
+"""Triton kernels over a chunk of logits, one program a row: what is collected of it, and its gradient in its place; and
+one that scales a gradient.
 
 Each reads the logits once, in the dtype of the matrix product (bf16 or float32), and computes in float32 registers.
 Importing this needs Triton; it runs on a GPU, or with ``TRITON_INTERPRET=1`` on a CPU.
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 4096, 8  # entries of a row at a time, and who reads them: 16 each, 16 bytes a load
+PROGRAMS = 1024  # that share the values of a gradient
 
 
 @dataclass
@@ -120,6 +122,18 @@ def pull_(
     return logits
 
 
+def scale_(values: Tensor, by: Tensor) -> Tensor:
+    """Values times a number () that is on their device. Where it is 1 they are not read, and the host need not know.
+
+    Args:
+        values: Contiguous, bf16 or float32.
+    """
+    programs = min(PROGRAMS, triton.cdiv(values.numel(), BLOCK))
+    if programs:
+        scale_kernel[(programs,)](values, by, values.numel(), programs * BLOCK, BLOCK=BLOCK, num_warps=WARPS)
+    return values
+
+
 def _rows_of(logits: Tensor, labels: Tensor, width: int | None) -> tuple[Tensor, int, int, int, Tensor]:
     assert logits.stride(1) == 1 or logits.shape[1] == 1
     return logits, logits.stride(0), logits.shape[1], width or logits.shape[1], labels
@@ -142,10 +156,11 @@ def trial(device: torch.device, dtype: torch.dtype) -> str:
         found = collect(raw, labels)
         logp = found.target - found.largest + found.top
         dz = pull_(raw.clone(), labels, found.largest, found.top, slope, torch.full_like(slope, 0.5)).float()
+        scaled = scale_(torch.ones_like(raw), slope[0])
     except Exception as error:  # whatever a compiler or a driver has to say
         return f"they do not run on {device}: {error}"
     close = partial(torch.allclose, rtol=8 * torch.finfo(dtype).eps, atol=1e-5)
-    right = close(logp, p[labels, labels].log()) and close(dz, expected)
+    right = close(logp, p[labels, labels].log()) and close(dz, expected) and bool((scaled == -1).all())
     return "" if right else f"they give other numbers than PyTorch on {device}"
 
 
@@ -281,3 +296,13 @@ def pull_kernel(
             dz += tl.load(mean + row) / V
         dz = tl.where(at < V, dz * _derivative(raw, scale, softcap, CAPPED), 0.0)
         tl.store(line + at, dz.to(logits.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def scale_kernel(values, by, n, step, BLOCK: tl.constexpr):
+    factor = tl.load(by).to(tl.float32)
+    if factor != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(values + at, mask=at < n, other=0.0).to(tl.float32)
+            tl.store(values + at, (x * factor).to(values.dtype.element_ty), mask=at < n)

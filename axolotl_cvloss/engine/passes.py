@@ -22,7 +22,7 @@ from .sets import SetCounts, Window
 from .sources import LogitSource
 from .statistics import FACTORED, STATISTICS, Key, blocks, collect, named, with_others
 from .terms import Term
-from .views import FusedView, View
+from .views import FusedView, View, scale_
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Engine(torch.autograd.Function):
         # Our own graphs are used up in here; hooks of the caller, such as those of a checkpoint, must not see them.
         with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
             loss = pass_.run(wanted)
-        ctx.gradients = pass_.source.gradients()
+        ctx.gradients, ctx.fused = pass_.source.gradients(), pass_.source.fused
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         return loss
 
@@ -104,10 +104,9 @@ class _Engine(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward of a cv_loss objective was called twice; compute the objective anew instead")
         gradients, ctx.gradients = ctx.gradients, None
-        if grad_output.device.type != "cpu" or grad_output != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_output)
+        for gradient in gradients:
+            if gradient is not None:
+                scale_(gradient, grad_output, ctx.fused)
         return None, None, *(g if g is None else g.to(t) for g, t in zip(gradients, ctx.dtypes, strict=True))
 
 

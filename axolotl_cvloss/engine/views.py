@@ -166,6 +166,16 @@ class FusedView(View):
         return kernels.pull_(self.raw, labels, *rows, self.scale, self.softcap, self.width, more)
 
 
+def scale_(gradient: Tensor, by: Tensor, fused: bool) -> None:
+    """Multiply a gradient by the scale of the loss, which is often 1: then it need not be read."""
+    if fused and gradient.dtype in (torch.bfloat16, torch.float32):
+        from . import kernels
+
+        kernels.scale_(gradient, by)
+    elif by.device.type != "cpu" or by != 1:  # a device is not asked, as the host would wait
+        gradient.mul_(by)
+
+
 def fused(source: "LogitSource", terms: Sequence["Term"]) -> bool:
     """Whether the kernels serve these terms; said once in the log, with the reason."""
     reason = _against(source, terms)
