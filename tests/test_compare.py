@@ -156,6 +156,16 @@ def test_one_rate_after_a_choice_of_others(lines):
     assert [(row.name, row.rate) for row in report.summary(mine).rows] == [("gain", 3e-3)]
 
 
+def test_a_choice_that_moved_counts_when_its_seeds_are_there(lines):
+    """1e-3 is chosen: with a seed fewer than the 3e-3 of before it does not count yet, and the table says so."""
+    fewer = [each for each in lines if each["stage"] == "choice" or each["seed"] or each["rate"] == 3e-3]
+    (gain,) = (row for row in report.summary(fewer).rows if row.name == "gain")
+    assert (gain.rate, gain.not_chosen, len(gain.seeds)) == (3e-3, True, 4)
+    assert "| gain | 0.003\\*† |" in report.markdown(report.summary(fewer))
+    (gain,) = (row for row in report.summary(lines).rows if row.name == "gain")
+    assert (gain.rate, gain.not_chosen) == (1e-3, False)
+
+
 def line(objective, seed, examples, stage="final", rate=1e-3, nll=0.5, **more):
     mean = sum(map(int, examples)) / len(examples)
     return {

@@ -1,16 +1,18 @@
 """SNIPS as a segmentation of text: words in, a tag a word out; and a small untrained Llama with a word-level tokenizer.
 
-python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots]
+python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back]
 
 DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words and tags. Every prompt is filled
 up to the same number of tokens, so that a tag stands at a constant distance from its word. The test set is dev and test
-together; `cvloss compare` splits it at random.
+together; `cvloss compare` splits it at random. With --kept-back, for a last look at a winner, it is the end of the
+training file instead, and training and vocabulary have the rows before.
 """
 
 import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -18,19 +20,28 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "_"]
 LONGEST = 24  # words; longer sentences, one in a hundred, are left out
 SEEN = 2  # times that a word must be in the training set to have a token
+KEPT_BACK = 1400  # rows at the end of the training file
+
+Row = dict[str, Any]
 
 
-def rows_of(data: Path, *splits: str) -> list[dict[str, list[str]]]:
+def rows_of(data: Path, *splits: str) -> list[Row]:
     lines = [line for split in splits for line in (data / f"snips_{split}.jsonl").read_text().splitlines()]
     return [row for row in map(json.loads, lines) if len(row["words"]) <= LONGEST]
 
 
-def example(row: dict[str, list[str]]) -> dict[str, str]:
+def unseen(rows: list[Row], training: list[Row]) -> list[Row]:
+    """Without the sentences that are in the training rows, too."""
+    known = {tuple(row["words"]) for row in training}
+    return [row for row in rows if tuple(row["words"]) not in known]
+
+
+def example(row: Row) -> dict[str, str]:
     filled = row["words"] + ["_"] * (LONGEST - len(row["words"]))
     return {"prompt": " ".join(filled), "completion": " " + " ".join(row["tags"])}
 
 
-def build_tokenizer(rows: list[dict[str, list[str]]]) -> PreTrainedTokenizerFast:
+def build_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
     """A token a word and a token a tag; the tags come first."""
     tags = sorted({tag for row in rows for tag in row["tags"]})
     counts = Counter(word for row in rows for word in row["words"])
@@ -66,11 +77,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("outputs/evidence/slots"))
+    parser.add_argument("--kept-back", action="store_true")
     args = parser.parse_args()
-    training = rows_of(args.data, "train")
+    training, test = rows_of(args.data, "train"), rows_of(args.data, "dev", "test")
+    if args.kept_back:
+        training, last = training[:-KEPT_BACK], training[-KEPT_BACK:]
+        test = unseen(last, training)
     folder = args.out / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in ("train", training), ("test", rows_of(args.data, "dev", "test")):
+    for name, rows in (("train", training), ("test", test)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(example(row)) + "\n" for row in rows))
         print(f"{name}: {len(rows)} rows")
     tokenizer = build_tokenizer(training)

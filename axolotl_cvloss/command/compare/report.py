@@ -34,6 +34,7 @@ class Row:
     metrics: dict[str, tuple[float, float | None]]
     validation: dict[str, float]
     at_the_end: bool
+    not_chosen: bool
     differences: list[float] = field(default_factory=list)
     others: dict[str, Paired] = field(default_factory=dict)  # differences of the other metrics
     difference: Paired | None = None
@@ -79,8 +80,14 @@ def summary(lines: Sequence[Line]) -> Summary | None:
             continue
         rates = sorted({line["rate"] for line in choice})
         rate = float(finals[-1]["rate"])
-        if choice and any(line["rate"] == choose_rate(choice) for line in finals):
-            rate = choose_rate(choice)  # otherwise the comparison was given another rate alone
+        seeds: dict[float, set[int]] = {}
+        for line in finals:
+            seeds.setdefault(line["rate"], set()).add(line["seed"])
+        chosen = choose_rate(choice) if choice else rate
+        if chosen in seeds:  # otherwise the comparison was given another rate alone
+            # Rates that came later may have moved the choice; until its seeds are there, those of before count.
+            most = max(seeds, key=lambda other: len(seeds[other]))
+            rate = chosen if len(seeds[chosen]) == len(seeds[most]) else most
         runs[name] = {line["seed"]: line for line in finals if line["rate"] == rate}
         if not runs[name]:
             continue
@@ -95,6 +102,7 @@ def summary(lines: Sequence[Line]) -> Summary | None:
                 {metric: mean_and_error([values[metric] for values in measured]) for metric in measured[0]},
                 _means(of_choice),
                 len(rates) > 1 and rate in (rates[0], rates[-1]),
+                bool(choice) and rate != chosen,
             )
         )
     if not rows:
@@ -170,7 +178,7 @@ def tables(found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
         rows.append(
             [
                 row.name,
-                f"{row.rate:g}" + "*" * row.at_the_end,
+                f"{row.rate:g}" + "*" * row.at_the_end + "†" * row.not_chosen,
                 str(len(row.seeds)),
                 _number(main, row.validation[main]) if row.validation else "",
                 _number(main, *row.metrics[main]),
@@ -256,6 +264,8 @@ def facts(found: Summary) -> list[str]:
     ]
     if any(row.at_the_end for row in found.rows):
         said.append("* An end of the rates that were tried: a better one may lie beyond.")
+    if any(row.not_chosen for row in found.rows):
+        said.append("† Not the rate that the choice takes: of that one there are fewer final runs, or none.")
     if len(steps) > 1:
         said.append("The runs differ in their steps, so the comparison is not a fair one.")
     return said

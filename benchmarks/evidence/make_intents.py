@@ -1,0 +1,64 @@
+"""The intents of SNIPS with a long tail: a sentence in, one of seven names out, of which the rarest is seen 15 times.
+
+python benchmarks/evidence/make_intents.py DATA [--out outputs/evidence/intents] [--kept-back]
+
+DATA as in make_slots.py, with the field intent. Training rows are cut down to 1500, 696, 323, 150, 70, 32 and 15 of the
+seven intents in the order of their names, 1 : 100 from the first to the last. The test set is dev and test together,
+nearly 200 of each, so that rare intents count as much as frequent ones. With --kept-back it is of the training file,
+200 of each from its end, and the training rows come from before.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from make_slots import Row, build_model, build_tokenizer, rows_of, unseen
+
+MOST, RATIO = 1500, 100
+KEPT_BACK = 200  # of each intent
+
+
+def cut(rows: Iterable[Row], wanted: dict[str, int]) -> list[Row]:
+    """The first rows of each intent, as many as are wanted."""
+    seen: Counter[str] = Counter()
+    found = []
+    for row in rows:
+        seen[row["intent"]] += 1
+        if seen[row["intent"]] <= wanted[row["intent"]]:
+            found.append(row)
+    return found
+
+
+def example(row: Row) -> dict[str, str]:
+    # The last word is the place where the answer is asked for: a token of its own.
+    return {"prompt": " ".join([*row["words"], "_"]), "completion": " " + row["intent"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("outputs/evidence/intents"))
+    parser.add_argument("--kept-back", action="store_true")
+    args = parser.parse_args()
+    whole, test = rows_of(args.data, "train"), rows_of(args.data, "dev", "test")
+    intents = sorted({row["intent"] for row in whole})
+    tail = {name: round(MOST * RATIO ** (-rank / (len(intents) - 1))) for rank, name in enumerate(intents)}
+    training = cut(whole, tail)
+    if args.kept_back:
+        test = unseen(cut(reversed(whole), dict.fromkeys(intents, KEPT_BACK)), training)
+    folder = args.out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", training), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example(row)) + "\n" for row in rows))
+        print(f"{name}: {dict(Counter(row['intent'] for row in rows).most_common())}")
+    tokenizer = build_tokenizer([{"words": row["words"], "tags": [row["intent"]]} for row in training])
+    tokenizer.save_pretrained(args.out / "model")
+    model = build_model(tokenizer)
+    model.save_pretrained(args.out / "model")
+    print(f"{len(tokenizer)} tokens, {model.num_parameters():,} weights")
+
+
+if __name__ == "__main__":
+    main()
