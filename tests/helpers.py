@@ -1,5 +1,6 @@
 """Batches whose documents and padding are known without asking the package, and the naive objective of a batch."""
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,6 +138,43 @@ def naive_documents(batch, logits, terms, power, weights=None):
                 value = value + weight * own * naive_loss(alone, logits, [term])
         total = total + value / max(mass, 1)
     return total
+
+
+def nlls(batch, logits):
+    """The mean NLL and the number of trained rows of each document, by its number."""
+    found = {}
+    for (b, t), target, document in batch.rows():
+        logp = torch.atleast_3d(logits).detach()[b, t].double().log_softmax(-1)[target]
+        found.setdefault(document, []).append(-float(logp))
+    return {document: (sum(each) / len(each), len(each)) for document, each in found.items()}
+
+
+def naive_weights(losses, masses, examples):
+    """Document after document, in Python's own numbers; the smooth form by bisection."""
+    losses, total = [float(x) for x in losses], float(sum(masses))
+    masses = [float(x) / total for x in masses]
+    if (by := examples.get("reweight")) is not None:
+        low, high = min(losses), max(losses)
+        forms = {"linear": lambda h: min(h + 1, 1), "quadratic": lambda h: 1 - h * h, "extremes": abs}
+        raw = [math.exp(forms[by["by"]]((2 * x - high - low) / (high - low)) / by["r"]) for x in losses]
+        mean = sum(m * w for m, w in zip(masses, raw, strict=True))
+        return torch.tensor([w / mean for w in raw], dtype=torch.float64)
+    share, reg = examples["cvar"]["share"], examples["cvar"].get("reg", 0)
+    if reg:
+        low, high = min(losses) - 100 * reg, max(losses) + 100 * reg
+        for _ in range(200):
+            eta = (low + high) / 2
+            weights = [min(math.exp(min((x - eta) / reg, 100)), 1 / share) for x in losses]
+            if sum(m * w for m, w in zip(masses, weights, strict=True)) > 1:
+                low = eta
+            else:
+                high = eta
+        return torch.tensor(weights, dtype=torch.float64)
+    weights, left = [0.0] * len(losses), share
+    for i in sorted(range(len(losses)), key=lambda i: -losses[i]):
+        taken = min(left, masses[i])
+        weights[i], left = taken / masses[i] / share, left - taken
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 class _Alone:

@@ -163,6 +163,31 @@ def test_check_says_what_each_term_means(tmp_path):
     assert printed[-1] == f"{path}: fine as far as the key cv_loss goes"
 
 
+def test_show_knows_examples():
+    fields = [said["field"] for said in json.loads(run("show", "examples", "--json").stdout)]
+    assert fields == [
+        *("normalize", "reweight", "cvar", "look"),
+        *("reweight.by", "reweight.r", "reweight.warmup", "cvar.share", "cvar.reg"),
+    ]
+    printed = run("show", "examples").stdout
+    assert "one of tokens, examples, square_root" in printed
+    assert "one of step, batch" in printed
+
+
+def test_check_says_which_documents_are_compared(checked, tmp_path):
+    path = tmp_path / "config.yaml"
+    key = {"cross_entropy": 1, "examples": {"cvar": 0.25, "look": "batch"}}
+    path.write_text(yaml.safe_dump({"cv_loss": key}))
+    said = "a document counts by 1, times its weight by cvar (the worst 0.25) among the documents of its micro-batch"
+    assert f"examples: {said}\n" in run("check", path).stdout
+    config = {"cv_loss": key, "plugins": ["axolotl_cvloss.CVLossPlugin"], "base_model": "x", "micro_batch_size": 1}
+    warning = "cv_loss.examples.look: batch is the micro-batch, and that is of one example, so it weighs 1"
+    assert [warning in checked(given)["warnings"] for given in (config, {**config, "sample_packing": True})] == [
+        True,
+        False,
+    ]
+
+
 def test_check_says_what_documents_count_by(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"cv_loss": {"focal": 1, "examples": {"normalize": "square_root"}}}))

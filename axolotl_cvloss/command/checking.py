@@ -9,11 +9,23 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel
 
 from ..hosts import axolotl_keys, axolotl_prompts, trl_keys
 from ..hosts.short_answers import measures_overlap, told
 from ..losses.registry import Loss, available_losses
-from ..objective.config import KEY, NEEDS_LOGITS, ConfigError, CVLossConfig, Schedule, TermConfig
+from ..objective.config import (
+    KEY,
+    NEEDS_LOGITS,
+    ConfigError,
+    CVaRConfig,
+    CVLossConfig,
+    ExamplesConfig,
+    ReweightConfig,
+    Schedule,
+    TermConfig,
+    allowed,
+)
 from .curves import GRID, NotACurve, curve
 from .descriptions import plain
 
@@ -197,8 +209,11 @@ def _model_type(base_model: Any) -> str | None:
 def _small_sets(config: CVLossConfig, data: Mapping[Any, Any]) -> list[str]:
     sizes = [data.get(name) for name in ("micro_batch_size", "per_device_train_batch_size")]
     sets = [t.loss for t in config.terms if available_losses()[t.loss].per_set and t.per == "batch"]
-    small = sets if 1 in sizes else []
-    return [f"{KEY}.{loss}.per: batch is the micro-batch, and that is of one example" for loss in small]
+    found = [f"{KEY}.{loss}.per: batch is the micro-batch, and that is of one example" for loss in sets]
+    packed = data.get("sample_packing") or data.get("packing")
+    if config.examples is not None and config.examples.look == "batch" and not packed:
+        found.append(f"{KEY}.examples.look: batch is the micro-batch, and that is of one example, so it weighs 1")
+    return found if 1 in sizes else []
 
 
 def _short_answers(config: CVLossConfig, data: Mapping[Any, Any]) -> list[str]:
@@ -328,9 +343,33 @@ def term_rows(config: CVLossConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def examples_fields() -> list[tuple[str, str, str, str]]:
+    """Of ``examples``: each field with its default, what it takes, and what it is."""
+    found = []
+    models: list[tuple[str, type[BaseModel]]] = [
+        ("", ExamplesConfig),
+        ("reweight.", ReweightConfig),
+        ("cvar.", CVaRConfig),
+    ]
+    for path, model in models:
+        for name, info in model.model_fields.items():
+            nested = name in ("reweight", "cvar")
+            takes = "true, or a mapping" if nested else allowed(model, name)
+            found.append((path + name, plain(info.default), takes, info.description or ""))
+    return found
+
+
 def examples_words(config: CVLossConfig) -> str:
     """What ``examples`` means, or empty where there is none."""
-    return "" if config.examples is None else f"a document counts by {COUNTS_BY[config.examples.normalize]}"
+    examples = config.examples
+    if examples is None:
+        return ""
+    said = f"a document counts by {COUNTS_BY[examples.normalize]}"
+    if examples.look is None:
+        return said
+    weights = f"reweight ({examples.reweight})" if examples.reweight else f"cvar ({examples.cvar})"
+    whole = "the whole step" if examples.look == "step" else "its micro-batch"
+    return f"{said}, times its weight by {weights} among the documents of {whole}"
 
 
 def _number(schedule: Schedule | None, value: Any) -> str:

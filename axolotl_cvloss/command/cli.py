@@ -53,9 +53,17 @@ def list_(as_json: bool) -> None:
 @click.argument("loss")
 @as_json
 def show(loss: str, as_json: bool) -> None:
-    """One loss: formula, parameters, source, when it helps and when it hurts."""
+    """One loss: formula, parameters, source, when it helps and when it hurts. Or examples: its fields."""
+    from .checking import examples_fields
     from .descriptions import described, plain
 
+    if loss == "examples":
+        columns, fields = ("field", "default", "allowed", "meaning"), examples_fields()
+        if as_json:
+            _print_json([dict(zip(columns, field, strict=True)) for field in fields])
+        else:
+            _print_table(columns, fields)
+        return
     said = described(_loss(loss))
     if as_json:
         _print_json(said)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts.transformers import ObjectiveTrainer
-from ..model.installation import NUMBER, uninstall
+from ..model.installation import DOCUMENT_WEIGHTS, NUMBER, uninstall
 from ..objective.config import KEY, CVLossConfig
 from ..objective.objective import Objective, ObjectiveResult
 
@@ -37,6 +37,9 @@ class Drawing(ObjectiveTrainer):
     """Its loop draws as many micro-batches as are wanted, as those of one step, and ends before it trains."""
 
     probe_batches: int
+
+    def _cv_progress(self) -> float:
+        return END
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         raise Drawn(*super().get_batch_samples(epoch_iterator, self.probe_batches, device))
@@ -163,7 +166,7 @@ def probe(trainer: ObjectiveTrainer, batches: int, share: float | None = None) -
         found.handle.remove()
     uninstall(trainer.model)
 
-    ours = (*objective.config.columns, NUMBER)
+    ours = (*objective.config.columns, NUMBER, DOCUMENT_WEIGHTS)
 
     def own() -> None:
         inputs = trainer._prepare_inputs({k: v for k, v in longest.items() if k not in ours})

@@ -86,6 +86,20 @@ class Rows:
         found = torch.unique_consecutive(self.documents[members], return_inverse=True, return_counts=True)
         return members, *found[1:]
 
+    def weighed(self, weights: Tensor) -> "Rows":
+        """With the values of each document's rows multiplied; (D,), one a document with trained rows."""
+        members, number, sizes = self.of_documents()
+        if weights.shape != sizes.shape:
+            raise ValueError(
+                f"document_weights: of shape {tuple(weights.shape)}; expected {tuple(sizes.shape)}, one a document "
+                "with trained rows"
+            )
+        by_document = torch.ones(int(self.documents[-1]) + 1 if len(self.documents) else 0, dtype=weights.dtype)
+        by_document[self.documents[members]] = weights[number]
+        each = by_document[self.documents]
+        found = {selector: each * self.weights.get(selector, 1.0) for selector in self.scopes}
+        return replace(self, weights=found)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
         """On a device, with weights of that dtype."""
 

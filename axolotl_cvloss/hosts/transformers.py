@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..engine.rows import COMPLETION
+from ..engine.examples import of_all_processes
+from ..engine.rows import COMPLETION, Rows
 from ..engine.sets import SetCounts
 from ..engine.vocabulary import count_labels
-from ..model.installation import NUMBER, Evaluation, Installation, installation, without_adapters
+from ..model.installation import DOCUMENT_WEIGHTS, NUMBER, Evaluation, Installation, installation, without_adapters
 from ..objective.objective import Objective, ObjectiveResult
 from . import pruning
 from .columns import ColumnCollator
@@ -158,16 +159,8 @@ class ObjectiveTrainer(Trainer):
         sums = torch.zeros(len(objective.selectors), dtype=torch.float64)
         trained = documents = 0
         for batch in batch_samples:
-            batch = with_virtual_tokens(self._cv_virtual_tokens, batch)
-            labels, shifted = batch.get("labels"), batch.get("shift_labels")
-            if labels is None and shifted is None:
+            if (rows := self._cv_rows(batch)) is None:
                 continue  # not the end of it: what follows is done by all processes together
-            rows = objective.select_rows(
-                labels if shifted is None else shifted,
-                shift=shifted is None,
-                columns=self.cv_loss.columns(batch),
-                **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
-            )
             sums += torch.tensor([rows.masses[selector] for selector in objective.selectors], dtype=torch.float64)
             trained += int(rows.scopes[COMPLETION].sum())
             documents += len(rows.of_documents()[2])
@@ -330,11 +323,66 @@ class ObjectiveTrainer(Trainer):
         self.cv_loss.counts = {}  # they are those of the last step
         return output
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step; where documents are weighed by their losses, with the weights as a column."""
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        objective, self.cv_loss.one_batch = self.cv_loss.objective, len(samples) == 1
+        examples = objective.config.examples
+        if examples is not None and examples.look == "step" and not self.cv_loss.one_batch:
+            self.cv_loss.progress = self._cv_progress()
+            if objective.weighs(self.cv_loss.progress):
+                self._cv_look(samples)
+        return samples, count
+
+    def _cv_look(self, samples: list[Any]) -> None:
+        """Put the weights of its documents into each of the micro-batches of a step.
+
+        They come from the losses of the documents of all, on all processes: of one forward pass each without gradient
+        and in evaluation mode. A step of one micro-batch needs none of them, as its own pass knows the losses.
+        """
+        installed, objective = self.cv_loss, self.cv_loss.objective
+        rows = {number: own for number, sample in enumerate(samples) if (own := self._cv_rows(sample)) is not None}
+        looked: list[Tensor] = []
+        installed.looked = looked
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for sample in samples:  # one without labels too: processes go in step
+                    self.model_wrapped(**self._prepare_inputs(dict(sample)))
+        finally:
+            installed.looked = None
+        found: list[tuple[Any, Tensor, Tensor]] = []
+        for (number, own), logps in zip(rows.items(), looked, strict=True):
+            place = own.index + 1 if own.shifted else own.index
+            found.append((samples[number], *objective.losses_of(own, logps.cpu().flatten()[place])))
+        empty = torch.zeros(0, dtype=torch.float64)
+        losses = torch.cat([empty, *(own for _, own, _ in found)])
+        masses = torch.cat([empty, *(own for _, _, own in found)])
+        losses, masses, here = of_all_processes(losses, masses, self.args.device)
+        weights = objective.weights_of(losses, masses)[here].split([len(own) for _, own, _ in found])
+        for (sample, _, _), weight in zip(found, weights, strict=True):
+            sample[DOCUMENT_WEIGHTS] = weight.contiguous().view(torch.int64)
+
+    def _cv_rows(self, batch: Any) -> Rows | None:
+        """The rows of a micro-batch, as the objective counts them; None where it has no labels."""
+        batch = with_virtual_tokens(self._cv_virtual_tokens, batch)
+        labels, shifted = batch.get("labels"), batch.get("shift_labels")
+        if labels is None and shifted is None:
+            return None
+        return self.cv_loss.objective.select_rows(
+            labels if shifted is None else shifted,
+            shift=shifted is None,
+            columns=self.cv_loss.columns(batch),
+            **{name: batch.get(name) for name in ("position_ids", "attention_mask", "input_ids")},
+        )
+
+    def _cv_progress(self) -> float:
+        """How much of training is done."""
+        if self._cv_pruning is not None:
+            return self._cv_pruning.progress
+        return self.state.global_step / max(1, self.state.max_steps)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._cv_pruning is None:
-            self.cv_loss.progress = self.state.global_step / max(1, self.state.max_steps)
-        else:
-            self.cv_loss.progress = self._cv_pruning.progress
+        self.cv_loss.progress = self._cv_progress()
         self._cv_asked = False
         self._cv_check()
         self.cv_loss.sample = self._cv_samples()

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cv_loss_installation"
 _REPLACED = "_cv_loss_replaced"
+# Of a batch: the weights (D,) of its documents as the bits of float64, which FSDP would cast to bfloat16 on the way.
+DOCUMENT_WEIGHTS = "cv_loss_document_weights"
 NUMBER = "cv_loss_number"  # of a batch: the number of each example in the training set, where ``prune`` asks for it
 _ROW_INPUTS = ("position_ids", "attention_mask", "input_ids")
 
@@ -68,7 +70,8 @@ class Installation:
     whether the last forward was given that; ``sample`` is whether the next results shall have ``gradients``;
     ``evaluation`` is what a trainer says of a batch that it evaluates on; ``pruning`` is that of a trainer that leaves
     examples out. Without an evaluation the outputs have logits where the model is in evaluation mode, and in training
-    only where the objective needs them.
+    only where the objective needs them. ``one_batch`` is whether a step is one micro-batch of each process. While
+    ``looked`` is a list, the forward puts the log p of the tokens of a batch there (B, T), and there is no loss.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -77,7 +80,8 @@ class Installation:
         self.listeners: list[Callable[[ObjectiveResult], None]] = []
         self.counts: Mapping[Selector, Tensor] = {}
         self.progress = 0.0  # how much of training is done, for what follows a schedule
-        self.counted = self.sample = False
+        self.counted = self.sample = self.one_batch = False
+        self.looked: list[Tensor] | None = None
         self.evaluation: Evaluation | None = None
         self.pruning: Pruning | None = None
         self._columns = objective.config.columns
@@ -103,7 +107,7 @@ class Installation:
                 return _original(module)(*args, **kwargs)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             if named.get("labels") is None and named.get("shift_labels") is None:
-                for name in ("num_items_in_batch", NUMBER, *installed._columns):
+                for name in ("num_items_in_batch", NUMBER, DOCUMENT_WEIGHTS, *installed._columns):
                     kwargs.pop(name, None)
                 return installed.original(*args, **kwargs)
             return installed._forward(**named)
@@ -174,7 +178,7 @@ class Installation:
         **inputs: Any,
     ) -> Any:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
-        numbers = inputs.pop(NUMBER, None)
+        numbers, weights = inputs.pop(NUMBER, None), inputs.pop(DOCUMENT_WEIGHTS, None)
         columns = self.columns(inputs) if self.model.training else _columns(inputs, self._columns)
         inputs = {name: value for name, value in inputs.items() if name not in self._columns}
         run = partial(self.original, **inputs, return_dict=True)
@@ -190,6 +194,8 @@ class Installation:
             "columns": columns,
             "progress": self.progress,
             "sample": self.sample,
+            "weigh": self.model.training and self.evaluation is None,
+            "document_weights": None if weights is None else weights.cpu().view(torch.float64),
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
         if self.model.training and self.objective.config.prune is not None:
@@ -200,8 +206,8 @@ class Installation:
                 )
             numbers = numbers.view(len(numbers), -1).expand_as(given["labels"])
             if (drawn := self.pruning.weights_of(numbers)) is not None:
-                weights = columns.get(self.objective.config.example_weights or "")
-                given["example_weights"] = drawn if weights is None else drawn * weights.view(len(weights), -1)
+                column = columns.get(self.objective.config.example_weights or "")
+                given["example_weights"] = drawn if column is None else drawn * column.view(len(column), -1)
         mask, length = given["attention_mask"], given["labels"].shape[-1]
         if mask is not None and mask.dim() == 2:  # it may begin with a cache, such as that of prefix tuning
             given["attention_mask"] = mask[:, -length:]
@@ -210,6 +216,12 @@ class Installation:
         if self._verdict is None:
             # Not by a decorator: that would load the compiler as soon as this module is imported.
             torch.compiler.disable(self._judge)(run, given["labels"], given["attention_mask"])
+        if self.looked is not None:
+            rows = {name: given[name] for name in ("labels", "shift", "columns", *_ROW_INPUTS)}
+            self.looked.append(self.token_logps(run, self.objective, rows))
+            return {"loss": torch.zeros((), device=given["labels"].device)}
+        if given["weigh"] and counts is not None and weights is None and not self.one_batch:
+            self._demand_a_look()
         if self.objective.needs_reference and self.objective.config.adapter_off:
             given["reference_logps"] = self._reference(run, given)
         both = self._fused(run, given) if self._wants_fused() else None
@@ -239,6 +251,16 @@ class Installation:
             listener(result)
         outputs = type(outputs)(**{**outputs, "loss": loss})
         return outputs.to_tuple() if return_dict is False else outputs
+
+    def _demand_a_look(self) -> None:
+        """Raise where losses of other micro-batches would be needed, and nobody has looked at them."""
+        examples = self.objective.config.examples
+        if self.objective.weighs(self.progress) and examples is not None and examples.look == "step":
+            raise ValueError(
+                "cv_loss.examples.look: step needs a look at all micro-batches of the step before the first is trained "
+                "on; attach(trainer) takes one. In a loop of your own with several micro-batches a step, take look: "
+                "batch"
+            )
 
     def _reference(self, run: "partial[Any]", given: Mapping[str, Any]) -> Tensor:
         """(B, T), log p of each token that trains under the model without its adapters.

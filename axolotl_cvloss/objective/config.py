@@ -105,17 +105,62 @@ class TermConfig(BaseModel):
 TERM_FIELDS = tuple(name for name, field in TermConfig.model_fields.items() if not field.exclude)
 
 
+class ReweightConfig(BaseModel):
+    """Weights of documents by their losses; see ``examples.reweighted``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    by: Literal["linear", "quadratic", "extremes"] = Field(
+        "linear", description="Less weight where the loss is low, where it is far from the middle, or where it is near."
+    )
+    r: float = Field(0.4, gt=0, description="How near to equal the weights are: for r above 0, larger is nearer.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="The fraction of training in which all weights are 1.")
+
+    def __str__(self) -> str:
+        return f"{self.by}, r {self.r:g}, after {self.warmup:.0%} of training"
+
+
+class CVaRConfig(BaseModel):
+    """The documents with the largest losses alone; see ``examples.worst``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    share: float = Field(0.5, gt=0, le=1, description="The share of the documents that counts.")
+    reg: float = Field(0.0, ge=0, description="0: no others count; above: a smooth passage, so many nats wide.")
+
+    def __str__(self) -> str:
+        return f"the worst {self.share:g}{f', reg {self.reg:g}' if self.reg else ''}"
+
+
 class ExamplesConfig(BaseModel):
     """How the documents of a step are weighed against each other, for all terms."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     normalize: Literal["tokens", "examples", "square_root"] = Field(
-        "tokens", description="What a document with n rows counts by: n, 1, or the square root of n."
+        "tokens",
+        description="What a document with n rows counts by: n, 1, or the square root of n; with reweight or cvar 1 is "
+        "the default.",
+    )
+    reweight: ReweightConfig | None = Field(
+        None, description="Weights by the losses of the documents: true, linear, or {by: linear, r: 0.4, warmup: 0.1}."
+    )
+    cvar: CVaRConfig | None = Field(
+        None, description="The documents with the largest losses alone: true, 0.5, or {share: 0.5, reg: 0.0}."
+    )
+    look: Literal["step", "batch"] | None = Field(
+        None,
+        description="With reweight or cvar: whose losses are compared, those of the whole step (the default), which "
+        "takes a forward pass more where it has several micro-batches, or of each micro-batch.",
     )
 
+    def weighs(self, progress: float) -> bool:
+        """Whether losses of documents are asked for after a fraction of training."""
+        return self.cvar is not None or (self.reweight is not None and progress >= self.reweight.warmup)
+
     def __str__(self) -> str:
-        return f"normalize: {self.normalize}"
+        fields = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return ", ".join(f"{name}: {value}" for name, value in fields if value is not None)
 
 
 class CVLossConfig(BaseModel):
@@ -314,7 +359,24 @@ def _examples(given: Any, problems: list[str]) -> ExamplesConfig | None:
     if not isinstance(given, Mapping) or not given:
         problems.append(f"{where}: must be a mapping such as {{normalize: examples}}, not {_show(given)}")
         return None
-    return _validate(ExamplesConfig, {_word(key): value for key, value in given.items()}, where, problems)
+    count = len(problems)
+    given = {_word(key): value for key, value in given.items()}
+    by, share = given.get("reweight"), given.get("cvar")
+    if isinstance(by, str):
+        given["reweight"] = {"by": by}
+    if isinstance(share, int | float) and not isinstance(share, bool):
+        given["cvar"] = {"share": share}
+    for name, model in (("reweight", ReweightConfig), ("cvar", CVaRConfig)):
+        if name in given:
+            given[name] = _switch(model, given[name], f"{where}.{name}", problems)
+    wanted = [name for name in ("reweight", "cvar") if given.get(name) is not None]
+    if len(wanted) == 2:
+        problems.append(f"{where}: reweight and cvar are two weights of the same documents; leave one out")
+    if wanted:
+        given = {"normalize": "examples", "look": "step", **{k: v for k, v in given.items() if v is not None}}
+    elif given.get("look") is not None:
+        problems.append(f"{where}.look: there is nothing to look at without reweight or cvar; leave it out")
+    return None if len(problems) > count else _validate(ExamplesConfig, given, where, problems)
 
 
 def _is_schedule(value: Any) -> bool:
@@ -400,6 +462,7 @@ def allowed(model: type[BaseModel], name: str) -> str:
         return f"true, false or {', '.join(others)}"
     if type(None) in choices and len(choices) == 2:
         (annotation,) = (choice for choice in choices if choice is not type(None))
+        choices = getattr(annotation, "__args__", ())
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"one of {', '.join(choices)}"
     words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a text"}
@@ -418,6 +481,12 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
     if not any(term.weight or "weight" in term.schedules for term in config.terms):
         problems.append(f"{KEY}: every weight is 0, so nothing would be trained; give one term a weight above 0")
     for term in config.terms:
+        of_many = available_losses()[term.loss].per_set and term.per != "document"
+        if of_many and config.examples is not None and config.examples.look:
+            problems.append(
+                f"{KEY}.examples: reweight and cvar weigh documents, and a set of {term.loss} has many of them; "
+                "allowed with it: per: document"
+            )
         if available_losses()[term.loss].kind.on_logits:
             if config.head == "fused":
                 problems.append(f"{KEY}.head: {term.loss} is written on full logits; allowed with it: auto, logits")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..engine.batch import Batch
+from ..engine.examples import of_all_processes, reweighted, worst
 from ..engine.families.paper import as_in_the_paper
 from ..engine.passes import Outcome, compute, target_logps
 from ..engine.rows import COMPLETION, REFERENCE, Goldfish, Rows, Selector, select_rows
@@ -78,6 +79,9 @@ class BatchInputs(TypedDict, total=False):
         need it. Of tokens that are not trained any number will do.
     example_weights: (B,), or (B, T) where a row has several documents; the values of an example's rows, or of its sets,
         are multiplied by them. What they are divided by stays the number of rows. The NLL is not weighted.
+    document_weights: (D,) of ``examples.reweight`` or ``cvar``, the weights of the documents with trained rows, where
+        they are known. Without, the losses of the documents given are looked at first, with ``look: step`` beside those
+        of all other processes.
     columns: The columns of the dataset that the key names (``objective.config.columns``), by name; each (B,), or in the
         shape of the labels. A token's number counts for the row that predicts this token. ``where`` of a term needs
         its own; that of ``example_weights`` is used where no weights are given.
@@ -92,6 +96,7 @@ class BatchInputs(TypedDict, total=False):
     input_ids: Tensor | None
     example_weights: Tensor | None
     reference_logps: Tensor | None
+    document_weights: Tensor | None
     columns: Mapping[str, Tensor]
     num_items_in_batch: Counts
 
@@ -188,6 +193,29 @@ class Objective:
                 inputs[keyword] = columns[name]
         return select_rows(labels, selectors=self.selectors, columns=columns, power=power, **inputs)
 
+    def weighs(self, progress: float) -> bool:
+        """Whether documents are weighed by their losses after a fraction of training."""
+        return self.config.examples is not None and self.config.examples.weighs(progress)
+
+    def weights_of(self, losses: Tensor, masses: Tensor) -> Tensor:
+        """The weights of the documents of a set, from their losses and masses, as in ``engine.examples``."""
+        examples = self.config.examples
+        assert examples is not None
+        if not len(losses):
+            return losses
+        if examples.cvar is not None:
+            return worst(losses, masses, **examples.cvar.model_dump())
+        assert examples.reweight is not None
+        return reweighted(losses, masses, examples.reweight.by, examples.reweight.r)
+
+    def losses_of(self, rows: Rows, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean NLL of each document with trained rows, (D,), and its mass, from log p of the rows, (N,)."""
+        assert self.config.examples is not None
+        members, number, sizes = rows.of_documents()
+        logp = logp.detach().cpu().double()[members]
+        losses = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, number, -logp) / sizes
+        return losses, sizes.double() ** (1 - POWERS[self.config.examples.normalize])
+
     def mass(self, labels: Tensor, **inputs: Any) -> float:
         """What the sum over the trained rows of a batch is divided by: their number, unless the key has ``examples``.
 
@@ -215,6 +243,7 @@ class Objective:
         *,
         progress: float = 0.0,
         sample: bool = False,
+        weigh: bool = True,
         **inputs: Unpack[BatchInputs],
     ) -> ObjectiveResult:
         """The objective of a batch of logits.
@@ -224,6 +253,7 @@ class Objective:
             labels: (B, T) or (N,), int64; -100 is ignored. They and the rest may be on any device.
             progress: How much of training is done, 0 to 1, for weights and parameters that follow a schedule.
             sample: Also ``gradients``, unless a term needs all logits.
+            weigh: Documents by their losses, where the key says so; False: all alike, as in an evaluation.
             inputs: What else is known of the batch; see ``BatchInputs``.
 
         Raises:
@@ -231,9 +261,11 @@ class Objective:
             ValueError: Shapes do not fit, or input_ids are missing.
         """
         _check_shapes("logits", "V", logits, labels)
-        count = inputs.pop("num_items_in_batch", None)
-        rows = self.select_rows(labels, **inputs)
-        return self._compute(partial(TensorSource, logits), logits.device, rows, count, progress, sample)
+        count, weights = inputs.pop("num_items_in_batch", None), inputs.pop("document_weights", None)
+        rows, source_of, device = self.select_rows(labels, **inputs), partial(TensorSource, logits), logits.device
+        if weigh and self.weighs(progress):
+            rows = self._weighed(source_of, device, rows, weights)
+        return self._compute(source_of, device, rows, count, progress, sample)
 
     def from_hidden(
         self,
@@ -245,6 +277,7 @@ class Objective:
         softcap: float | None = None,
         progress: float = 0.0,
         sample: bool = False,
+        weigh: bool = True,
         **inputs: Unpack[BatchInputs],
     ) -> ObjectiveResult:
         """The objective of hidden states under a head, without keeping the logits.
@@ -264,9 +297,11 @@ class Objective:
         if self.config.needs_logits:
             which = "the paper's code" if self.config.papers_code else "a term of the family dense"
             raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
-        count = inputs.pop("num_items_in_batch", None)
+        count, weights = inputs.pop("num_items_in_batch", None), inputs.pop("document_weights", None)
         rows = self.select_rows(labels, **inputs)
         source_of, device = _of_hidden(hidden_states, head, scale, softcap)
+        if weigh and self.weighs(progress):
+            rows = self._weighed(source_of, device, rows, weights)
         return self._compute(source_of, device, rows, count, progress, sample)
 
     def logps_from_logits(self, logits: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
@@ -304,13 +339,28 @@ class Objective:
         inputs: dict[str, Any],
     ) -> Tensor:
         rows = self.select_rows(labels, **inputs)
-        source = source_of(rows.index)
-        _check_labels(rows.labels, source.vocab_size)
-        source.fused = fused(source, ())
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            found = target_logps(source, _batch(source, rows, None, device))
+        found = _target_logps(source_of, device, rows)
         place = (rows.index + 1 if rows.shifted else rows.index).to(device, non_blocking=True)
         return found.new_zeros(labels.numel()).index_copy_(0, place, found).view(labels.shape)
+
+    def _weighed(
+        self,
+        source_of: Callable[[Tensor], LogitSource],
+        device: torch.device,
+        rows: Rows,
+        weights: Tensor | None,
+    ) -> Rows:
+        """The rows with the weights of their documents, found by a look at the log p of all if they are not given."""
+        assert self.config.examples is not None
+        if weights is None:
+            with RandomState(device).again():  # a head may have dropout; the objective draws the same
+                logp = _target_logps(source_of, device, rows)
+            losses, masses = self.losses_of(rows, logp)
+            here = torch.ones(len(losses), dtype=torch.bool)
+            if self.config.examples.look == "step":
+                losses, masses, here = of_all_processes(losses, masses, device)
+            weights = self.weights_of(losses, masses)[here]
+        return rows.weighed(weights.detach().cpu().double())
 
     def _compute(
         self,
@@ -400,6 +450,15 @@ def _of_hidden(
         return head_source(hidden_states, head, index.to(device, non_blocking=True), scale, softcap)
 
     return source_of, device
+
+
+def _target_logps(source_of: Callable[[Tensor], LogitSource], device: torch.device, rows: Rows) -> Tensor:
+    """(N,) log p of the target of each row, without gradient."""
+    source = source_of(rows.index)
+    _check_labels(rows.labels, source.vocab_size)
+    source.fused = fused(source, ())
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return target_logps(source, _batch(source, rows, None, device))
 
 
 def _batch(source: LogitSource, rows: Rows, num_items_in_batch: Counts, device: torch.device) -> Batch:

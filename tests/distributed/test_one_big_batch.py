@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Batch, naive_documents, naive_loss
+from helpers import Batch, naive_documents, naive_loss, naive_weights, nlls
 from one_step import ROWS, make_model, make_rows, padded
 
 from axolotl_cvloss.engine.vocabulary import count_labels
@@ -38,6 +38,8 @@ OBJECTIVES = {
     "mix": MIX,
     "weighted": MIX,
     "examples": MIX,
+    "worst": MIX,
+    "reweighted": [{"loss": "cross_entropy"}, {"loss": "focal", "scope": "sequence"}],
     "square roots": [{"loss": "cross_entropy", "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
     "sequence": [{"loss": "cross_entropy", "weight": 0.6, "scope": "sequence"}, {"loss": "dice", "weight": 0.4}],
 }
@@ -52,6 +54,8 @@ MORE = {  # of the key beside the terms
     "weighted": {"example_weights": "importance"},
     "examples": {"examples": {"normalize": "examples"}},
     "square roots": {"examples": {"normalize": "square_root"}},
+    "worst": {"examples": {"cvar": 0.4}},
+    "reweighted": {"examples": {"normalize": "square_root", "reweight": {"by": "extremes", "warmup": 0}}},
     "adapter off": {"reference": "adapter_off"},
 }
 
@@ -81,7 +85,7 @@ LAUNCHES = {
 }
 # Those that `make test` runs too, with these objectives only.
 QUICK = ("DDP", "FSDP2, head unit")
-QUICK_OBJECTIVES = ("mix", "sequence", "rows", "weighted", "examples", "global dice")
+QUICK_OBJECTIVES = ("mix", "sequence", "rows", "weighted", "examples", "worst", "global dice")
 UNTRAINED = {1: ("none", "rank"), 2: ("none", "micro-batch", "rank"), 4: ("none",)}  # by accumulation
 
 
@@ -141,8 +145,7 @@ def big_batch(case, autocast=False):
                 term["forms"] = dict.fromkeys(range(10), "")
         of_batch = weighted_loss if case["name"] == "weighted" else naive_loss
         if "examples" in case["cv_loss"]:
-            power = {"examples": 1, "square_root": 0.5}[case["cv_loss"]["examples"]["normalize"]]
-            of_batch = partial(naive_documents, power=power)
+            of_batch = partial(of_examples, case["cv_loss"]["examples"])
         if case["name"] in WITHOUT_ADAPTERS:
             with torch.no_grad(), model.disable_adapter():
                 base = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
@@ -152,6 +155,19 @@ def big_batch(case, autocast=False):
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         _references[key] = grads, loss.item()
     return _references[key]
+
+
+def of_examples(examples, batch, logits, terms):
+    """Each document by what it counts, and its weight by its loss."""
+    power, weights = {"examples": 1, "square_root": 0.5}[examples.get("normalize", "examples")], None
+    if examples.keys() & {"reweight", "cvar"}:
+        known = nlls(batch, logits)
+        losses, sizes = (torch.tensor(x, dtype=torch.float64) for x in zip(*known.values(), strict=True))
+        plain = {
+            name: {"share": x} if name == "cvar" else {"r": 0.4, **x} for name, x in examples.items() if name[0] in "rc"
+        }
+        weights = dict(zip(known, naive_weights(losses, sizes ** (1 - power), plain).tolist(), strict=True))
+    return naive_documents(batch, logits, terms, power, weights)
 
 
 def weighted_loss(batch, logits, terms):

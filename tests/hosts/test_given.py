@@ -135,6 +135,60 @@ def test_documents_count_alike_however_the_step_is_cut(normalize, accumulation, 
         assert float(trainer.model(**batch).loss) == pytest.approx(float(trainer.model(**collate(DATA[:3])).loss))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize(
+    "weights", [{"reweight": {"by": "linear", "warmup": 0}}, {"cvar": 0.4}], ids=["reweight", "cvar"]
+)
+def test_the_losses_of_a_step_are_looked_at_however_it_is_cut(weights, accumulation, make_trainer, make_model):  # noqa: F811
+    """Of documents weighed by them; evaluation weighs all alike."""
+    config = {"cross_entropy": 0.6, "lovasz": 0.4, "examples": weights}
+    arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    more = {"evaluated": DATA, "eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 3}
+    trainer, gradients = accumulated(make_trainer, config, DATA, **arguments, **more)
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    trainer.train()
+    check(gradients, one_big_batch(make_model, config, DATA))
+    (entry,), (before, _) = history(trainer), history(trainer, "eval_loss")
+    assert entry["cv_loss/nll"] == pytest.approx(before["eval_cv_loss/nll"], rel=1e-6)
+    assert entry["cv_loss/cross_entropy"] != pytest.approx(before["eval_cv_loss/cross_entropy"], rel=1e-4)
+    assert entry["loss"] == pytest.approx(0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/lovasz"])
+    smallest, largest, effective = (entry[f"cv_loss/examples/{w}"] for w in ("smallest", "largest", "effective"))
+    assert 0 <= smallest < 1 < largest
+    assert effective < 7
+    if "cvar" in weights:  # 3.2 of 8 documents: three of them whole, and a fifth of another
+        assert (smallest, largest) == (0, pytest.approx(2.5))
+        assert effective == pytest.approx(3.2**2 / (3 + 0.2**2))
+
+
+def test_look_batch_compares_those_of_a_micro_batch(make_trainer, make_model):  # noqa: F811
+    """Micro-batches of two documents, of which the worse one has all the weight."""
+    config = {"cross_entropy": 1.0, "examples": {"cvar": 0.5, "look": "batch"}}
+    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer, _ = accumulated(make_trainer, config, DATA, seed=3, **arguments)
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    batches = list(trainer.get_train_dataloader())
+    trainer.train()
+    (entry,) = history(trainer)
+    model, expected = make_model().double(), []
+    for batch in batches:
+        lines = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(2)]
+        expected.append(max(float(model(**line).loss) for line in lines))
+    assert entry["cv_loss/cross_entropy"] == pytest.approx(sum(expected) / 4, rel=1e-6)
+    said = [entry[f"cv_loss/examples/{what}"] for what in ("smallest", "largest", "effective")]
+    assert said == pytest.approx([0, 2, 4])
+
+
+def test_a_loop_cannot_look_at_the_step(make_model):
+    model = make_model()
+    install(model, Objective.from_config({"cross_entropy": 1.0, "examples": {"cvar": 0.5}}))
+    model.train()
+    with pytest.raises(ValueError, match=r"look: step needs a look at all micro-batches.*take look: batch"):
+        model(**collate(DATA[:2]), num_items_in_batch=4)
+    assert model(**collate(DATA[:2])).loss.requires_grad  # a batch alone is a step
+
+
 @pytest.mark.parametrize("loss", ["unlikelihood", "dice", "squentropy", "lovasz"])
 def test_a_column_says_where_a_term_acts_under_accumulation(loss, make_trainer, make_model):  # noqa: F811
     """A number a token, cut and padded by nobody but the host; the micro-batches have different numbers of them."""
@@ -191,7 +245,7 @@ def test_axolotl(packed, make_config, train, tokenizer, problems, tmp_path):
             "cross_entropy": {"weight": 0.6, "goldfish": {"k": 3, "h": 2}},
             "ldam": 0.4,
             "example_weights": "importance",
-            "examples": {"normalize": "square_root"},
+            "examples": {"normalize": "square_root", "reweight": {"by": "linear", "warmup": 0.5}},
         },
         gradient_accumulation_steps=2,
         datasets=[{"path": str(path), "ds_type": "json", "split": "train", "type": None}],

@@ -556,10 +556,11 @@ def test_the_example_script(conversations, run_program, tmp_path):
     assert "cv_loss/lovasz" in training[-1]
 
 
+@pytest.mark.parametrize("weights", [{"normalize": "examples"}, {"cvar": 0.3}], ids=["normalize", "cvar"])
 @pytest.mark.parametrize("way", [{}, {"packing": True, "max_length": 48}], ids=["padded", "packed"])
-def test_documents_count_alike_however_a_step_is_cut(way, make_trainer):
+def test_documents_count_alike_however_a_step_is_cut(way, weights, make_trainer):
     """The same rows as one micro-batch, and as two."""
-    objective, found = {**MIX, "examples": {"normalize": "examples"}}, []
+    objective, found = {**MIX, "examples": weights}, []
     for size, steps in (4, 1), (2, 2):
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         trainer = make_trainer(objective, max_steps=2, logging_steps=1, **cut, **way)
