@@ -196,16 +196,18 @@ def test_valid_keys_mean_the_same_in_every_spelling():
         ({"terms": [3]}, "cv_loss.terms[0]: must be a mapping such as {loss: lovasz, weight: 0.4}, not 3"),
         (
             {"terms": ["focal"], "hed": 1},
-            "cv_loss.hed: unknown field; did you mean head? allowed: terms, head, example_weights, examples, prune, "
-            "reference",
+            "cv_loss.hed: unknown field; did you mean head? "
+            "allowed: terms, head, example_weights, examples, prune, reference_logps, reference",
         ),
         (
             {"terms": ["focal"], 1: 1},
-            "cv_loss.1: unknown field; allowed: terms, head, example_weights, examples, prune, reference",
+            "cv_loss.1: unknown field; "
+            "allowed: terms, head, example_weights, examples, prune, reference_logps, reference",
         ),
         (
             {"terms": ["focal"], "lovasz": 1},
-            "cv_loss.lovasz: unknown field; allowed: terms, head, example_weights, examples, prune, reference",
+            "cv_loss.lovasz: unknown field; "
+            "allowed: terms, head, example_weights, examples, prune, reference_logps, reference",
         ),
         ({"focal": {"loss": "lovasz"}}, "cv_loss.focal.loss: the loss is named by the key already; leave it out"),
         ({"focal": -1}, "cv_loss.focal.weight: must be a finite number >= 0, not -1"),

@@ -27,7 +27,7 @@ PAGES = [
     REPOSITORY / "CONTRIBUTING.md",
     *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
 ]
-TRAIN = ("compare", "predict", "probe")  # commands that load a model
+TRAIN = ("compare", "predict", "probe", "reference")  # commands that load a model
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 

@@ -255,8 +255,9 @@ def traps(config: CVLossConfig) -> list[str]:
             f"{KEY}: focal gives weight to tokens that the model gets wrong, {' and '.join(others)} to those that it "
             "gets right; together they undo each other"
         )
-    if config.adapter_off and not config.with_reference:
-        found.append(f"{KEY}.reference: adapter_off changes nothing, as no term looks at a reference model")
+    if (config.adapter_off or config.reference_logps is not None) and not config.with_reference:
+        what = "reference: adapter_off" if config.adapter_off else f"reference_logps: {config.reference_logps}"
+        found.append(f"{KEY}: {what} changes nothing, as no term looks at a reference model")
     names = " and ".join(dict.fromkeys(term.loss for term in trained))
     silent = {losses[term.loss].kind.silent_on for term in trained}
     if len(silent) == 1 and (tokens := silent.pop()):

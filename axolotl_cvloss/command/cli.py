@@ -185,6 +185,44 @@ def probe(config: Path, batches: int, share: float | None, host: str | None, as_
 
 
 @cli.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A folder that is new.")
+@click.option("--host", type=click.Choice(["axolotl", "trl"]), help="What the config is for, if its keys do not say.")
+def reference(config: Path, out: Path, host: str | None) -> None:
+    """Make the column that anchored, prior_weighted and importance_weighted need: log p under the model of CONFIG.
+
+    Model and data are loaded as the host does. The folder gets the examples as tokens with the column, and the config
+    that trains on them, which is printed. The same call goes on where one was killed.
+    """
+    import os
+    import subprocess
+
+    import yaml
+
+    from .checking import check
+    from .compare.running import gpus
+
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))
+    data = data if isinstance(data, Mapping) else {}
+    given = data.get("cv_loss")
+    # The column that the config has not got yet.
+    named = {given: 1.0} if isinstance(given, str) else given
+    named = {**named, "reference_logps": "reference_logps"} if isinstance(named, Mapping) else named
+    if isinstance(named, dict) and named.get("reference") == "adapter_off":
+        del named["reference"]
+    report = check({**data, "cv_loss": named} if "cv_loss" in data else data, host)
+    if report.errors:
+        raise click.ClickException("\n".join(report.errors))
+    if report.host is None:
+        raise click.ClickException(f"{config}: its keys do not tell whether it is for Axolotl or TRL; give --host")
+    command = [sys.executable, "-m", "axolotl_cvloss.command.referencing", report.host, str(config), str(out)]
+    one = {"CUDA_VISIBLE_DEVICES": found[0]} if (found := gpus()) else {}
+    if subprocess.run(command, env={**os.environ, **one}, stdout=2).returncode:
+        raise click.ClickException(f"no reference could be made of {config}; the reason is above")
+    click.echo((out / "config.yaml").read_text(encoding="utf-8"), nl=False)
+
+
+@cli.command()
 @click.argument("losses", nargs=-1, required=True, metavar="LOSS...")
 @click.option(
     "-p",

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective.config import CVLossConfig
+from ..objective.config import KEY, CVLossConfig
 from .chats import in_messages, number_of_each_token
+
+OF_TOKENS = f"{KEY}.reference_logps"  # has no meaning with one number for an example
 
 
 class ColumnCollator:
@@ -63,7 +65,7 @@ def numbers(example: Mapping[str, Any], name: str, key: str) -> Tensor:
         raise ValueError(
             f"{key}: {name} is {given!r:.60} in an example; give a number, or a list of them, one for each token"
         ) from None
-    if found.numel() not in (1, length):
+    if found.numel() != length and (found.numel() != 1 or key == OF_TOKENS):
         raise ValueError(
             f"{key}: {name} has {found.numel()} numbers for {length} tokens; give one for the example, or one for each "
             "token, and as many of these as are left where the host cuts long examples"

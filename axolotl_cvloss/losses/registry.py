@@ -19,7 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 RESERVED = (
     *("loss", "weight", "scope", "per", "reduce", "goldfish", "where"),
-    *("terms", "head", "example_weights", "examples", "prune", "reference"),
+    *("terms", "head", "example_weights", "examples", "prune", "reference_logps", "reference"),
 )
 
 

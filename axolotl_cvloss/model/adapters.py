@@ -15,10 +15,8 @@ def not_a_reference(model: nn.Module) -> str:
     layers = _adapted(model)
     if not layers:
         return "the model has no adapter that can be switched off, such as LoRA"
-    for config in getattr(model, "peft_config", {}).values():
-        begun = getattr(config, "init_lora_weights", True)
-        if begun not in KEEPING:
-            return f"init_lora_weights: {begun} changes the weights under the adapters"
+    if why := begins_elsewhere(model):
+        return why
     own = {
         id(parameter)
         for layer in layers
@@ -27,6 +25,15 @@ def not_a_reference(model: nn.Module) -> str:
     }
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     return f"{outside[0]} trains too, and is no adapter" if outside else ""
+
+
+def begins_elsewhere(model: nn.Module) -> str:
+    """How adapters have changed the weights under them when they began, or empty."""
+    for config in getattr(model, "peft_config", {}).values():
+        begun = getattr(config, "init_lora_weights", True)
+        if begun not in KEEPING:
+            return f"init_lora_weights: {begun} changes the weights under the adapters"
+    return ""
 
 
 @contextmanager

@@ -17,8 +17,8 @@ KEY = "cv_loss"
 NEEDS_LOGITS = "needs all logits of a batch at once, which takes more memory than fused losses do"
 ADAPTER_OFF = "adapter_off"
 NO_REFERENCE = (
-    "it needs log p of each token under a reference model; with LoRA, reference: adapter_off takes that from the model "
-    "without its adapters"
+    "it needs log p of each token under a reference model; cvloss reference CONFIG.yaml --out DIR makes it a column, "
+    "reference_logps: COLUMN names that; with LoRA, reference: adapter_off takes it from the model without its adapters"
 )
 SET_FIELDS = ("per", "reduce")  # of a term, where its loss has one value a set
 MOST_PROBLEMS = 10  # that one message lists
@@ -183,6 +183,12 @@ class CVLossConfig(BaseModel):
         description="Leave out, in each epoch, a share of the examples whose loss is below the mean: true, or "
         "{share: 0.5, until: 0.875}.",
     )
+    reference_logps: str | None = Field(
+        None,
+        min_length=1,
+        description="A column of the dataset with log p of each token under a reference model, as cvloss reference "
+        "makes it.",
+    )
     reference: StrictBool | Literal["adapter_off"] = Field(
         False,
         description="true: the paper's code, its slips included, to replicate its experiments; adapter_off: the "
@@ -237,7 +243,8 @@ class CVLossConfig(BaseModel):
 
     def without_reference(self) -> list[str]:
         """What is wrong in a host where a loss needs a reference model and the key does not say where that is."""
-        return [f"{KEY}.{name}: {NO_REFERENCE}" for name in self.with_reference if not self.adapter_off]
+        given = self.adapter_off or self.reference_logps is not None
+        return [] if given else [f"{KEY}.{name}: {NO_REFERENCE}" for name in self.with_reference]
 
     @property
     def needs_logits(self) -> bool:
@@ -247,7 +254,8 @@ class CVLossConfig(BaseModel):
     @property
     def given_by(self) -> dict[str, str]:
         """Inputs of an objective that columns of the dataset give, and the names of these columns."""
-        return {} if self.example_weights is None else {"example_weights": self.example_weights}
+        named = {"example_weights": self.example_weights, "reference_logps": self.reference_logps}
+        return {keyword: name for keyword, name in named.items() if name is not None}
 
     @property
     def columns(self) -> dict[str, str]:
@@ -492,6 +500,10 @@ def _check_whole(config: CVLossConfig, problems: list[str]) -> None:
                 problems.append(f"{KEY}.head: {term.loss} is written on full logits; allowed with it: auto, logits")
             if term.reduce == "global":
                 problems.append(f"{KEY}.reduce: {term.loss} is written on full logits; allowed with it: local")
+    if config.adapter_off and config.reference_logps is not None:
+        problems.append(
+            f"{KEY}.reference: adapter_off is another reference than reference_logps; leave one of them out"
+        )
     if config.papers_code:
         for term in config.terms:
             loss = available_losses()[term.loss]

@@ -373,7 +373,9 @@ class Objective:
     ) -> ObjectiveResult:
         """``source_of`` makes the source of some rows of the batch, whose places it gets in main memory."""
         if self.needs_reference and REFERENCE not in rows.given:
-            raise ValueError(f"{KEY}: {self} needs reference_logps beside the labels: log p under a reference model")
+            column = self.config.reference_logps
+            where = f" in the column {column}, of an evaluation set too" if column else " beside the labels"
+            raise ValueError(f"{KEY}: {self} needs reference_logps{where}: log p under a reference model")
         source = source_of(rows.index)
         _check_labels(rows.labels, source.vocab_size)
         terms = [term.at(progress) for term in self.terms]

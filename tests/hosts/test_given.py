@@ -225,6 +225,38 @@ def test_a_column_that_does_not_fit_is_said(make_trainer):  # noqa: F811
             trainer.train()
 
 
+@pytest.mark.parametrize("loss", ["prior_weighted", "anchored", "importance_weighted"])
+def test_a_reference_under_accumulation(loss, make_trainer, make_model):  # noqa: F811
+    config = {loss: 1.0, "reference_logps": "base"}
+    data = [
+        {**row, "base": [-0.1 * (1 + (i + n) % 7) for n in range(len(row["labels"]))]} for i, row in enumerate(DATA)
+    ]
+    trainer, gradients = accumulated(make_trainer, config, data)
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    trainer.train()
+    base = torch.zeros(collate(DATA)["labels"].shape)
+    for line, row in zip(base, data, strict=True):
+        line[: len(row["base"])] = torch.tensor(row["base"])
+    check(gradients, one_big_batch(make_model, config, DATA, columns={"base": base}))
+
+
+def test_a_reference_that_is_not_there_is_said(make_trainer):  # noqa: F811
+    def trained(config, data):
+        trainer, _ = accumulated(make_trainer, config, data)
+        install(trainer.model, Objective.from_config(config))
+        attach(trainer)
+        trainer.train()
+
+    with pytest.raises(RuntimeError, match=r"cv_loss\.anchored: it needs log p of each token under a reference model"):
+        trained("anchored", DATA)
+    named = {"anchored": 1.0, "reference_logps": "base"}
+    with pytest.raises(ValueError, match=r"cv_loss\.reference_logps: the batch has no column base, only"):
+        trained(named, DATA)
+    with pytest.raises(ValueError, match=r"cv_loss\.reference_logps: base has 1 numbers for"):
+        trained(named, [{**row, "base": -1.0} for row in DATA])
+
+
 @pytest.mark.hosts
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_axolotl(packed, make_config, train, tokenizer, problems, tmp_path):
