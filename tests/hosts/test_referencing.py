@@ -83,6 +83,7 @@ def test_under_trl(sft, files, tmp_path):  # noqa: F811
 @pytest.mark.hosts
 def test_under_axolotl(files, make_config, train, tmp_path):
     keys = {"sample_packing": True, "pad_to_sequence_len": True, "eval_sample_packing": False, "micro_batch_size": 2}
+    keys["sdp_attention"] = True  # without it Axolotl lets packed documents see each other
     config = make_config(cv_loss={**THREE, "reference": "adapter_off"}, max_steps=6, eval_steps=6, save_steps=6, **keys)
     config |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.2}
     config |= {f"lora_{kernel}_kernel": False for kernel in ("mlp", "qkv", "o", "embedding")}  # for GPUs
