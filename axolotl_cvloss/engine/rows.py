@@ -231,7 +231,7 @@ def select_rows(
 
 def _of_rows(name: str, numbers: Tensor, labels: Tensor, shift: bool) -> Tensor:
     """(B, T), for each row the number of the token that it predicts, or of its example."""
-    if numbers.dim() == 1 and labels.shape == (1, len(numbers)) and len(numbers) > 1:
+    if numbers.dim() == 1 and labels.shape == (1, len(numbers)):
         numbers = numbers[None]  # one a token, of labels that are (T,) as well
     if numbers.shape == labels.shape:
         return numbers.roll(-1, dims=1) if shift else numbers
