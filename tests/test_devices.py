@@ -21,7 +21,7 @@ MIX = {
         {"loss": "cross_entropy", "weight": 0.5, "scope": "sequence", "goldfish": {"k": 3, "h": 3}},
         {"loss": "ldam", "weight": 0.1},
         {"loss": "number_token_mse", "weight": 0.1},
-        {"loss": "squentropy", "weight": 0.1},
+        {"loss": "squentropy", "weight": 0.1, "where": "acts"},
         {"loss": "lovasz", "weight": 0.1},
         {"loss": "generalized_dice", "weight": 0.1},
     ]
@@ -45,6 +45,7 @@ def inputs():
         "attention_mask": (torch.arange(T) < T - 2).long().expand(B, T),
         "input_ids": labels.clamp_min(3),
         "example_weights": torch.rand(B, T, generator=generator),
+        "columns": {"acts": torch.randint(0, 2, (B, T), generator=generator)},
         "num_items_in_batch": torch.tensor([50]),
     }
 
@@ -56,7 +57,8 @@ def tensors():
 
 def loss_and_gradients(hidden, weight, source):
     """All inputs are where the hidden states are."""
-    given = {name: value.to(hidden.device) for name, value in inputs().items()}
+    given = {name: value.to(hidden.device) for name, value in inputs().items() if name != "columns"}
+    given["columns"] = {name: value.to(hidden.device) for name, value in inputs()["columns"].items()}
     objective = Objective.from_config(MIX, **KNOWN)
     if source == "logits":
         loss = objective.from_logits(hidden.to(weight.device) @ weight.T, **given).loss
@@ -99,7 +101,7 @@ def dispatched(head):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=V, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model, found = LlamaForCausalLM(config).train(), []
-    batch = {name: inputs()[name] for name in ("input_ids", "labels", "num_items_in_batch")}
+    batch = {name: inputs()[name] for name in ("input_ids", "labels", "num_items_in_batch")} | inputs()["columns"]
     for device in "cpu", pretended.FIRST:
         with pretended.Accelerators():
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(device))

@@ -1,7 +1,7 @@
 """Columns of the dataset through Axolotl's preparation, which keeps those alone that its strategies make.
 
-Three of its functions are put in brackets: that which gives a dataset to a strategy, that which cuts long examples, and
-that which names what is prepared, so that data prepared without the columns are not taken.
+Some of its functions are put in brackets: those that load a dataset and give it to a strategy, that which cuts long
+examples, and that which names what is prepared, so that data prepared without the columns are not taken.
 """
 
 from collections import defaultdict
@@ -14,6 +14,7 @@ from ..objective.config import KEY, CVLossConfig
 from .columns import before_messages, missing, numbers, of_messages
 
 _wanted: list[CVLossConfig] = []  # the config of the run, if its key names columns
+_evaluated: list[bool] = []  # whether the datasets that are being loaded are for evaluation
 
 
 def carry(config: CVLossConfig | None) -> None:
@@ -24,6 +25,7 @@ def carry(config: CVLossConfig | None) -> None:
     from axolotl.utils.data import sft, utils, wrappers
 
     for module, name, bracket in (
+        (sft, "_load_and_process_single_dataset", _loaded),
         (wrappers, "wrap_dataset_for_tokenized_prompt", _strategy),
         (utils, "truncate_long_seq", _cut),
         (sft, "generate_dataset_hash_from_config", _named),
@@ -39,12 +41,26 @@ def carry(config: CVLossConfig | None) -> None:
             setattr(module, name, bracketed)
 
 
+def _loaded(load: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    _evaluated.append(named.get("split") == "test")
+    try:
+        dataset, prompter = load(*given, **named)
+        _check(dataset)  # here too, for those that come tokenized
+    finally:
+        _evaluated.pop()
+    return dataset, prompter
+
+
+def _check(dataset: Any) -> None:
+    if _wanted and (problem := missing(dataset, _wanted[0], evaluation=_evaluated == [True])):
+        raise ValueError(problem)
+
+
 def _strategy(wrap: Callable[..., Any], prompt_tokenizer: Any, dataset: Any, **more: Any) -> Any:
     if not _wanted:
         return wrap(prompt_tokenizer, dataset, **more)
     (config,) = _wanted
-    if problem := missing(dataset, config):
-        raise ValueError(problem)
+    _check(dataset)
     names = dataset.column_names or list(next(iter(dataset)))
     own = {name: key for name, key in config.columns.items() if name in names}
     fields = {name: (config.columns[name], n) for name, n in before_messages(dataset, names, config).items()}

@@ -2,17 +2,22 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 Message = Mapping[str, Any]
 
+FEW = 100
 STAND_INS = "[[stand-in]]", "zzstandinzz"  # no character that one begins with begins the other
 
 
 def in_messages(dataset: Any, name: str) -> bool:
-    """Whether the conversations of a dataset have this field in their messages; True where only its examples tell."""
+    """Whether the conversations of a dataset have this field in their messages.
+
+    Of a stream that does not tell, one of the first examples must have it.
+    """
     if (features := dataset.features) is None:
-        return True
+        return any(_has(row, name) for row in islice(dataset, FEW))
     told = {
         column: feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
         for column, feature in features.items()
@@ -22,11 +27,12 @@ def in_messages(dataset: Any, name: str) -> bool:
     # Messages of many forms are kept as JSON, and their fields are told by nothing but themselves.
     columns = [column for column, message in told.items() if type(message).__name__ == "Json"]
     rows = dataset.select_columns(columns) if columns else ()
-    return any(_has(value, name) for row in rows for value in row.values() if isinstance(value, list))
+    return any(_has(row, name) for row in rows)
 
 
-def _has(messages: list[Any], name: str) -> bool:
-    return any(isinstance(message, Mapping) and message.get(name) is not None for message in messages)
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    lists = [value for value in row.values() if isinstance(value, list)]
+    return any(isinstance(each, Mapping) and each.get(name) is not None for value in lists for each in value)
 
 
 def number_of_each_token(

@@ -51,7 +51,8 @@ def make_rows(untrained=()):
         ids = torch.randint(3, 12, (length,), generator=generator)
         labels = ids.clone()
         labels[: length if number in untrained else prompt] = -100
-        rows.append({"input_ids": ids, "labels": labels, "importance": 0.5 + number % 3})
+        acts = (ids % 3 == 0).long().tolist()  # as datasets have it
+        rows.append({"input_ids": ids, "labels": labels, "importance": 0.5 + number % 3, "acts": acts})
     return rows
 
 

@@ -35,6 +35,11 @@ OBJECTIVES = {
     ],
     "ldam": [{"loss": "ldam"}],
     "goldfish": [{"loss": "cross_entropy", "goldfish": {"k": 3, "h": 2}}, {"loss": "dice", "weight": 0.4}],
+    "where": [
+        {"loss": "cross_entropy"},
+        {"loss": "unlikelihood", "weight": 0.5, "where": "acts"},
+        {"loss": "dice", "weight": 0.4, "where": "acts", "scope": "sequence"},
+    ],
     "mix": MIX,
     "weighted": MIX,
     "examples": MIX,
@@ -85,7 +90,7 @@ LAUNCHES = {
 }
 # Those that `make test` runs too, with these objectives only.
 QUICK = ("DDP", "FSDP2, head unit")
-QUICK_OBJECTIVES = ("mix", "sequence", "rows", "weighted", "examples", "worst", "global dice")
+QUICK_OBJECTIVES = ("mix", "sequence", "rows", "weighted", "where", "examples", "worst", "global dice")
 UNTRAINED = {1: ("none", "rank"), 2: ("none", "micro-batch", "rank"), 4: ("none",)}  # by accumulation
 
 
@@ -139,6 +144,9 @@ def big_batch(case, autocast=False):
         for term in terms:
             if term["loss"] in ("ldam", "weighted_cross_entropy"):
                 term["counts"] = count_labels(row["labels"] for row in rows).tolist()
+            elif "where" in term:
+                acts = [torch.tensor(row["acts"]) for row in rows]
+                term["where"] = torch.nn.utils.rnn.pad_sequence(acts, batch_first=True)
             elif term["loss"].startswith("number"):
                 term["numbers"] = {number: float(number) for number in range(10)}
             if term["loss"] == "number_token_gaussian":

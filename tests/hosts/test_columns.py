@@ -121,12 +121,13 @@ SFT = {
 }
 
 
-def trainer_of(rows, make_model, tokenizer, monkeypatch, tmp_path, key=KEY, **arguments):
+def trainer_of(rows, make_model, tokenizer, monkeypatch, tmp_path, key=KEY, streamed=False, **arguments):
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
+    data = Dataset.from_list(rows)
     return CVLossSFTTrainer(
         model=make_model(),
         args=CVLossSFTConfig(output_dir=str(tmp_path), cv_loss=key, **{**SFT, **arguments}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data.to_iterable_dataset() if streamed else data,
         processing_class=tokenizer,
     )
 
@@ -154,6 +155,15 @@ def test_messages_under_trl(way, make_model, tokenizer, monkeypatch, tmp_path):
     assert entry["cv_loss/unlikelihood/tokens"] == sum(answers) - int((first & (batch["bad"][:, 0] == 1)).sum())
     assert entry["cv_loss/cross_entropy/tokens"] == len(answers) - int(first.sum())
     assert entry["cv_loss/unlikelihood"] > 0
+
+
+def test_messages_of_a_stream_under_trl(make_model, tokenizer, monkeypatch, tmp_path):
+    rows = conversations()
+    way = {"per_device_train_batch_size": 12, "streamed": True}
+    trainer = trainer_of(rows, make_model, tokenizer, monkeypatch, tmp_path, **way)
+    batch = next(iter(trainer.get_train_dataloader()))
+    real = batch["input_ids"] != tokenizer.pad_token_id
+    assert batch["weight"][real].tolist() == [weight for _, weight, _, _ in expected(rows)]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +249,7 @@ def chats(make_config, tokenizer, files, tmp_path):
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["padded", "packed"])
 def test_messages_under_axolotl(packed, chats, train, tokenizer):
     """The evaluation after the last step is that of the model that is saved: each word counts as its message says."""
     keys = {"sample_packing": True, "eval_sample_packing": True, "attn_implementation": "eager"} if packed else {}
@@ -304,6 +314,34 @@ def test_a_long_text_makes_several_examples_of_its_number(tokenizer):
     assert len(data) > len(rows)
     assert [set(row["importance"]) for row in data] == [{3.0}] * (len(data) - 1) + [{1.0}]
     assert all(len(row["importance"]) == len(row["input_ids"]) for row in data)
+
+
+def load(rows, key, tokenizer, tmp_path, split, kind):
+    """As Axolotl loads a dataset for training or for evaluation."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    carry(CVLossConfig.parse(key))
+    data, _ = sft._load_and_process_single_dataset(
+        dataset_config=DictDefault(path=str(path), ds_type="json", split="train", type=kind),
+        cfg=DictDefault(sequence_len=16),
+        tokenizer=tokenizer,
+        split=split,
+        seed=0,
+    )
+    return data
+
+
+TOKENS = {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [5, 6]}
+
+
+@pytest.mark.parametrize(("row", "kind"), [({"text": "w1 w2"}, "completion"), (TOKENS, None)], ids=["text", "tokens"])
+def test_axolotls_evaluation_set_may_be_without_weights_alone(row, kind, tokenizer, tmp_path):
+    acting = {"cross_entropy": {"where": "importance"}}
+    assert len(load([row], WEIGHED, tokenizer, tmp_path, "test", kind)) == 1
+    for key, split in [(WEIGHED, "train"), (acting, "train"), (acting, "test")]:
+        which = {"train": "training", "test": "evaluation"}[split]
+        with pytest.raises(ValueError, match=f"the {which} set has no column importance"):
+            load([row], key, tokenizer, tmp_path, split, kind)
 
 
 def test_what_is_cut_is_cut_with_its_numbers(tokenizer):
