@@ -174,7 +174,7 @@ def test_devices_without_float64(elsewhere, tmp_path):
     assert {"cv_loss/cross_entropy", "cv_loss/ldam", "cv_loss/number_token_mse", "cv_loss/nll"} <= cpu.keys()
 
 
-def tests_on(device, *arguments):
+def run_on(device, *arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *arguments]
     environment = {**os.environ, "TEST_DEVICE": device, "TRITON_INTERPRET": "1"}
     return subprocess.run(
@@ -185,7 +185,7 @@ def tests_on(device, *arguments):
 def test_the_tests_of_the_engine_run_elsewhere():
     """As `make test-gpu` runs them all; few of them here, which between them take each path."""
     few = "(digits and sets and plain and 6) or (naive_version and lovasz and packed and not mask)"
-    done = tests_on("pretended", "test_fused.py", "laws/test_definition.py", "-k", few, "-m", "not slow")
+    done = run_on("pretended", "test_fused.py", "laws/test_definition.py", "-k", few, "-m", "not slow")
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
@@ -193,6 +193,6 @@ def test_the_tests_of_the_engine_run_elsewhere():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_where_there_is_no_gpu_the_tests_for_it_say_so():
-    done = tests_on("cuda", "test_kernels.py")
+    done = run_on("cuda", "test_kernels.py")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "TEST_DEVICE=cuda: no CUDA device" in done.stderr
