@@ -1,5 +1,6 @@
 """Heads: the objective of hidden states equals that of the logits they make, values and gradients."""
 
+import gc
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers import DEVICE, KNOWN
 from sampling import pairwise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_cvloss import Objective, available_losses
 from axolotl_cvloss.engine import batch as engine_batch
@@ -129,6 +131,40 @@ def test_no_trained_row_and_one(name, trained):
     torch.testing.assert_close(found.loss, result.loss)
     for grad, right in zip((leaf.grad, head.weight.grad, head.bias.grad), grads, strict=True):
         torch.testing.assert_close(grad, right)
+
+
+class Copies(TorchDispatchMode):
+    """The shapes that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["focal", "mix"])
+def test_a_step_leaves_nothing_behind_and_copies_no_gradient(name):
+    objective, rows = Objective.from_config(OBJECTIVES[name]), batch()
+    hidden, weight, bias = (t.float() for t in tensors())
+    head = linear(weight, bias, (True, True, True))
+
+    def alive():
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        with Copies() as copies:
+            objective.from_hidden(hidden.clone().requires_grad_(), head, **rows).loss.backward()
+        assert alive() <= before + 2  # the gradients of the head
+    finally:
+        gc.enable()
+    assert head.weight.shape not in copies.shapes
 
 
 def unknown(name, logits, labels):

@@ -65,6 +65,7 @@ def compute(
     wanted = [bool(chunked) and torch.is_grad_enabled() and tensor.requires_grad for tensor in source.tensors]
     pass_ = _Pass(source, batch, any(wanted), chunked, diagnose, known or {})
     loss = _Engine.apply(pass_, wanted, *source.tensors) if any(wanted) else pass_.run(wanted)
+    del batch.p_at  # through it the batch would hold the pass and its logits until Python looks for cycles
     for family, found in families.items():
         if family.on_logits is not None:
             loss = loss + family.on_logits(found, source.tensors[0], batch)
