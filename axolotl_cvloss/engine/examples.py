@@ -60,6 +60,6 @@ def of_all_processes(losses: Tensor, masses: Tensor, device: torch.device) -> tu
     """Losses and masses of the documents of all processes, and which of them are here, bool."""
     if ranks.world_size() == 1:
         return losses, masses, torch.ones(len(losses), dtype=torch.bool)
-    rank = torch.full_like(losses, torch.distributed.get_rank())
-    every = ranks.joined(torch.stack([losses, masses, rank], 1).to(device)).cpu()
-    return every[:, 0], every[:, 1], every[:, 2] == rank.new_tensor(torch.distributed.get_rank())
+    here = torch.distributed.get_rank()
+    every = ranks.joined(torch.stack([losses, masses, torch.full_like(losses, here)], 1).to(device)).cpu()
+    return every[:, 0], every[:, 1], every[:, 2] == here

@@ -65,9 +65,12 @@ class LogitGradient:
         slope, own = rest - pull, pull * one_minus_exp(logp) + rest * logp.exp()
         more = {key: cotangent for key, cotangent in cotangents.items() if key not in FACTORED}
         known = {**(values or {}), "logp": logp}
-        own = _with_others(own, labels, more, known)
+        if more:
+            block = _of_rows(labels, known)
+            own = _with_others(own, block, more)
+            slope = slope if p is None else _bend(p, z, block, slope, more)
         if p is not None:
-            slope, more = _bend(p, z, labels, slope, more, known), {}
+            more = {}
             p.scatter_(1, labels[:, None], 0)
         found = [(window.columns, weighted) for window, weighted in columns]
         return cls(p, slope, labels, own, found, mean, more=more, values=known)
@@ -141,12 +144,12 @@ class LogitGradient:
         return total
 
 
-def _with_others(own: Tensor, labels: Tensor, cotangents: Mapping[Key, Tensor], values: Mapping[Key, Tensor]) -> Tensor:
+def _with_others(own: Tensor, of_rows: Block, cotangents: Mapping[Key, Tensor]) -> Tensor:
     """The gradient at the target, with what further statistics add to it."""
     for key, cotangent in cotangents.items():
         statistic, parameter = named(key)
         if statistic.own is not None:
-            own = own + cotangent * statistic.own(_of_rows(labels, values), parameter).squeeze(1)
+            own = own + cotangent * statistic.own(of_rows, parameter).squeeze(1)
     return own
 
 
@@ -159,28 +162,28 @@ def _of_rows(labels: Tensor, values: Mapping[Key, Tensor]) -> Block:
 def _bend(
     p: Tensor,
     z: Tensor | None,
-    labels: Tensor,
+    of_rows: Block,
     slope: Tensor,
     cotangents: Mapping[Key, Tensor],
-    values: Mapping[Key, Tensor],
 ) -> Tensor:
     """Put what further statistics add to the gradient into p, by rows in a unit of their own; the new slope."""
     pulled: dict[str, list[tuple[Key, Tensor]]] = {"z": [], "p": []}
     for key, cotangent in cotangents.items():
         statistic, parameter = named(key)
         if statistic.pull is not None:
-            times = cotangent[:, None] * statistic.times(_of_rows(labels, values), parameter)
+            times = cotangent[:, None] * statistic.times(of_rows, parameter)
             pulled[statistic.of].append((key, times))
     every = [times.abs() for found in pulled.values() for _, times in found]
     if not every:
         return slope
     unit = sum(every, slope.abs()[:, None]).clamp_min(torch.finfo(p.dtype).tiny)
     parts = {of: [(key, times / unit) for key, times in found] for of, found in pulled.items()}
-    columns = _of_rows(labels, values).values
     rooms: list[Tensor] = []
     for rows in blocks(p):
-        here = {key: x[rows] for key, x in columns.items()}
-        block = Block(labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here, rooms=rooms)
+        here = {key: x[rows] for key, x in of_rows.values.items()}
+        block = Block(
+            of_rows.labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here, rooms=rooms
+        )
         # Of the logits first, as they may look at p.
         matrices, factors = ([(_pulled(block, key), times[rows]) for key, times in parts[of]] for of in ("z", "p"))
         factor = (slope[:, None] / unit)[rows]

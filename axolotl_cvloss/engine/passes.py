@@ -210,7 +210,8 @@ class _Pass:
             part.see(chunk, view, False, True)
         if isinstance(view, FusedView):
             return view.know(self.largest[chunk.rows], self.top[chunk.rows])
-        logits, kept = view.logits(), self._room(view.logits())
+        logits = view.logits()
+        kept = self._room(logits)
         for rows in blocks(logits):
             if kept is not None:
                 kept[rows] = logits[rows]

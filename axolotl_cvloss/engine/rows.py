@@ -80,6 +80,11 @@ class Rows:
             given={name: values[:count] for name, values in self.given.items()},
         )
 
+    @property
+    def tokens(self) -> Tensor:
+        """(N,) position of the token that each row predicts among the B * T tokens."""
+        return self.index + 1 if self.shifted else self.index
+
     def of_documents(self, selector: Selector = COMPLETION) -> tuple[Tensor, Tensor, Tensor]:
         """The places (M,) of a selector's rows, the number 0 to D - 1 of the document of each, and its rows, (D,)."""
         members = self.scopes[selector].nonzero().squeeze(1)

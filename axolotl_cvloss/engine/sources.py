@@ -184,8 +184,9 @@ class HeadSource(LogitSource):
         raise NotImplementedError
 
     def gradients(self) -> list[Tensor | None]:
-        grads, self.grads = self.grads, []  # given away: who else holds one makes autograd copy it
-        return [None if g is None else g.to(gradient_dtype(t.dtype)) for g, t in zip(grads, self.tensors, strict=True)]
+        return [
+            None if g is None else g.to(gradient_dtype(t.dtype)) for g, t in zip(self.grads, self.tensors, strict=True)
+        ]
 
 
 class LinearSource(HeadSource):

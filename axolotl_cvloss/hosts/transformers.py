@@ -163,7 +163,8 @@ class ObjectiveTrainer(Trainer):
                 continue  # not the end of it: what follows is done by all processes together
             sums += torch.tensor([rows.masses[selector] for selector in objective.selectors], dtype=torch.float64)
             trained += int(rows.scopes[COMPLETION].sum())
-            documents += len(rows.of_documents()[2])
+            if objective.config.examples is not None:
+                documents += len(rows.of_documents()[2])
         totals = torch.cat([sums, torch.tensor([trained, documents])])
         totals = totals.to(device, torch.float32 if device.type == "mps" else torch.float64)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -289,8 +290,8 @@ class ObjectiveTrainer(Trainer):
         every = torch.cat([self._cv_sums[training].taken(), weighed, squares])[None]
         if self.args.world_size > 1:
             every = self.accelerator.gather(every.to(self.args.device, torch.float32)).double().cpu()
-        norms = every[:, -len(terms) :].sum(0).sqrt()
-        every, weighed = every[:, : -len(terms) - 4], every[:, -len(terms) - 4 : -len(terms)]
+        every, weighed, squares = every.split([every.shape[1] - 4 - len(terms), 4, len(terms)], 1)
+        norms = squares.sum(0).sqrt()
         steps, sums = int(every[:, -1].max()) if training else 1, every[:, :-1].sum(0).view(5, len(terms) + 2)
         if not steps or (not training and not sums[1].any()):
             return {}
@@ -352,8 +353,7 @@ class ObjectiveTrainer(Trainer):
             installed.looked = None
         found: list[tuple[Any, Tensor, Tensor]] = []
         for (number, own), logps in zip(rows.items(), looked, strict=True):
-            place = own.index + 1 if own.shifted else own.index
-            found.append((samples[number], *objective.losses_of(own, logps.cpu().flatten()[place])))
+            found.append((samples[number], *objective.losses_of(own, logps.cpu().flatten()[own.tokens])))
         empty = torch.zeros(0, dtype=torch.float64)
         losses = torch.cat([empty, *(own for _, own, _ in found)])
         masses = torch.cat([empty, *(own for _, _, own in found)])

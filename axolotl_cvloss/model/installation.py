@@ -217,13 +217,14 @@ class Installation:
             # Not by a decorator: that would load the compiler as soon as this module is imported.
             torch.compiler.disable(self._judge)(run, given["labels"], given["attention_mask"])
         if self.looked is not None:
-            rows = {name: given[name] for name in ("labels", "shift", "columns", *_ROW_INPUTS)}
-            self.looked.append(self.token_logps(run, self.objective, rows))
+            self.looked.append(self._own_logps(run, given))
             return {"loss": torch.zeros((), device=given["labels"].device)}
         if given["weigh"] and counts is not None and weights is None and not self.one_batch:
             self._demand_a_look()
         if self.objective.needs_reference and self.objective.config.adapter_off:
-            given["reference_logps"] = self._reference(run, given)
+            # In evaluation mode: what the reference says of a token follows from those before it, not from dropout.
+            with adapters_off(self.model):
+                given["reference_logps"] = self._own_logps(run, given)
         both = self._fused(run, given) if self._wants_fused() else None
         if both is None:
             outputs = run()
@@ -262,14 +263,10 @@ class Installation:
                 "batch"
             )
 
-    def _reference(self, run: "partial[Any]", given: Mapping[str, Any]) -> Tensor:
-        """(B, T), log p of each token that trains under the model without its adapters.
-
-        In evaluation mode: what the reference says of a token follows from the tokens before it, not from dropout.
-        """
+    def _own_logps(self, run: "partial[Any]", given: Mapping[str, Any]) -> Tensor:
+        """``token_logps`` of the objective, from what it is given."""
         rows = {name: given[name] for name in ("labels", "shift", "columns", *_ROW_INPUTS)}
-        with adapters_off(self.model):
-            return self.token_logps(run, self.objective, rows)
+        return self.token_logps(run, self.objective, rows)
 
     def token_logps(self, run: "partial[Any]", objective: Objective, rows: Mapping[str, Any]) -> Tensor:
         """(B, T), log p of each token that a term of an objective looks at, 0 elsewhere; the logits are not kept.
@@ -279,8 +276,7 @@ class Installation:
         """
         verdict, found = self._verdict, []
         assert verdict is not None
-        if "use_cache" in inspect.signature(self.original).parameters:
-            run = partial(run, use_cache=False)
+        run = self._without_cache(run)
 
         def take(hidden_states: Tensor, head: Head) -> Tensor:
             given = {"scale": verdict.scale, "softcap": verdict.softcap, **rows}
@@ -292,6 +288,9 @@ class Installation:
                 return torch.compiler.disable(objective.logps_from_logits)(run().logits, **rows)
             self._tap.run(run, take)
         return found[0]
+
+    def _without_cache(self, run: "partial[Any]") -> "partial[Any]":
+        return partial(run, use_cache=False) if "use_cache" in inspect.signature(self.original).parameters else run
 
     def _auxiliary(self, outputs: Any, device: torch.device) -> Tensor | float:
         """The auxiliary loss in the outputs, such as load balancing of a mixture of experts, as the model adds it."""
@@ -311,8 +310,7 @@ class Installation:
                 return
             if problems := without_adapters(self.model, self.objective):
                 raise RuntimeError(problems)
-            if "use_cache" in inspect.signature(self.original).parameters:  # no model caches in training
-                run = partial(run, use_cache=False)
+            run = self._without_cache(run)  # no model caches in training
             if run.keywords.get("past_key_values") is not None:  # such as of prefix tuning; it grows when it is used
                 run = partial(run, past_key_values=None, attention_mask=attention_mask)
             verdict = inspected(self._tap, run, labels, attention_mask, self._auxiliary)

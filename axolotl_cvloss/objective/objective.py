@@ -261,11 +261,7 @@ class Objective:
             ValueError: Shapes do not fit, or input_ids are missing.
         """
         _check_shapes("logits", "V", logits, labels)
-        count, weights = inputs.pop("num_items_in_batch", None), inputs.pop("document_weights", None)
-        rows, source_of, device = self.select_rows(labels, **inputs), partial(TensorSource, logits), logits.device
-        if weigh and self.weighs(progress):
-            rows = self._weighed(source_of, device, rows, weights)
-        return self._compute(source_of, device, rows, count, progress, sample)
+        return self._of(partial(TensorSource, logits), logits.device, labels, inputs, progress, sample, weigh)
 
     def from_hidden(
         self,
@@ -297,9 +293,21 @@ class Objective:
         if self.config.needs_logits:
             which = "the paper's code" if self.config.papers_code else "a term of the family dense"
             raise ValueError(f"cv_loss: {which} needs logits; use from_logits")
+        return self._of(*_of_hidden(hidden_states, head, scale, softcap), labels, inputs, progress, sample, weigh)
+
+    def _of(
+        self,
+        source_of: Callable[[Tensor], LogitSource],
+        device: torch.device,
+        labels: Tensor,
+        inputs: BatchInputs,
+        progress: float,
+        sample: bool,
+        weigh: bool,
+    ) -> ObjectiveResult:
+        """``source_of`` makes the source of some rows of the batch, whose places it gets in main memory."""
         count, weights = inputs.pop("num_items_in_batch", None), inputs.pop("document_weights", None)
         rows = self.select_rows(labels, **inputs)
-        source_of, device = _of_hidden(hidden_states, head, scale, softcap)
         if weigh and self.weighs(progress):
             rows = self._weighed(source_of, device, rows, weights)
         return self._compute(source_of, device, rows, count, progress, sample)
@@ -340,7 +348,7 @@ class Objective:
     ) -> Tensor:
         rows = self.select_rows(labels, **inputs)
         found = _target_logps(source_of, device, rows)
-        place = (rows.index + 1 if rows.shifted else rows.index).to(device, non_blocking=True)
+        place = rows.tokens.to(device, non_blocking=True)
         return found.new_zeros(labels.numel()).index_copy_(0, place, found).view(labels.shape)
 
     def _weighed(
@@ -371,7 +379,6 @@ class Objective:
         progress: float,
         sample: bool,
     ) -> ObjectiveResult:
-        """``source_of`` makes the source of some rows of the batch, whose places it gets in main memory."""
         if self.needs_reference and REFERENCE not in rows.given:
             column = self.config.reference_logps
             where = f" in the column {column}, of an evaluation set too" if column else " beside the labels"
