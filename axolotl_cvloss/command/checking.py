@@ -15,6 +15,7 @@ from ..hosts import axolotl_keys, axolotl_prompts, trl_keys
 from ..hosts.short_answers import measures_overlap, told
 from ..losses.registry import Loss, available_losses
 from ..objective.config import (
+    ADAPTER_OFF,
     KEY,
     NEEDS_LOGITS,
     ConfigError,
@@ -41,6 +42,7 @@ COUNTS_BY = {  # what a document does, by ``examples.normalize``
     "examples": "1",
     "square_root": "the square root of the number of its rows",
 }
+REFERENCES = "reference_logps"  # the column that cvloss reference makes, and the key that names it
 ENDS = (0.0, 1.0)  # of training, for what follows a schedule
 ROWS = {"completion": "labelled tokens", "sequence": "every token but padding, the prompt too"}
 SETS = {
@@ -97,21 +99,16 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
         report.config = CVLossConfig.parse(data[KEY])
     except ConfigError as error:
         report.errors += str(error).splitlines()
-    if report.config is not None and report.host is not None:
-        no_adapter = {"axolotl": axolotl_keys.no_adapter(report.config, data.get)}
-        no_adapter["trl"] = trl_keys.no_adapter(report.config, data.get("use_peft"))
-        report.errors += report.config.without_reference() + no_adapter[report.host]
     if report.host == "axolotl":
         _axolotl(data, report)
-        if report.config is not None and report.config.prune:
-            report.errors += axolotl_keys.prune_conflicts(data.get)
     elif report.host == "trl":
         if theirs := [key for key in HOSTS["axolotl"] if key in data]:
             report.errors.append(f"{' and '.join(theirs)} are keys of Axolotl, which TRL does not know; see --host")
         report.errors += trl_keys.conflicts(data.get)
         report.notes += trl_keys.savers(data.get).values()
-        if report.config is not None and report.config.prune:
-            report.errors += trl_keys.prune_conflicts(data.get)
+        if report.config is not None:
+            report.errors += trl_keys.conflicts_of(report.config, data.get)
+            report.errors += trl_keys.no_adapter(report.config, data.get("use_peft"))
     if report.config is not None:
         report.notes += [
             f"{key}: the dataset must have the column {name}, or messages with such a field"
@@ -121,6 +118,15 @@ def check(data: Mapping[Any, Any], host: str | None = None) -> Report:
         report.warnings += _small_sets(report.config, data)
         report.warnings += _short_answers(report.config, data)
     return report
+
+
+def with_references(key: Any) -> Any:
+    """The value of the key with the column that ``cvloss reference`` makes."""
+    key = {key: 1.0} if isinstance(key, str) else key
+    if not isinstance(key, Mapping):
+        return key
+    rest = {name: value for name, value in key.items() if (name, value) != ("reference", ADAPTER_OFF)}
+    return {**rest, REFERENCES: REFERENCES}
 
 
 # Sweep files: each key has the list of its values, and the key _ a list of mappings of what goes together.
@@ -176,7 +182,7 @@ def _axolotl(data: Mapping[Any, Any], report: Report) -> None:
     report.notes += axolotl_keys.savers(data.get).values()
     report.errors += axolotl_keys.conflicts(data.get)
     if report.config is not None:
-        report.errors += axolotl_keys.lost_columns(data.get, report.config.columns)
+        report.errors += axolotl_keys.conflicts_of(report.config, data.get)
     if _model_type(data.get("base_model")) == "mamba" and data.get("model_type") != "MambaLMHeadModel":
         report.errors.append(f"{KEY} cannot be used with {data['base_model']}: {axolotl_keys.MAMBA}")
     if (trainer := str(data.get("trainer_cls") or "")) and not trainer.startswith(("axolotl.", "trl.")):

@@ -18,6 +18,7 @@ from .compare.command import compare, predict
 
 if TYPE_CHECKING:
     from ..losses.registry import Loss
+    from .checking import Report
 
 WIDE = 110  # columns of a terminal that a table of many columns needs
 
@@ -156,29 +157,19 @@ def probe(config: Path, batches: int, share: float | None, host: str | None, as_
 
     The model and the data are loaded as the host does; nothing is trained or saved.
     """
-    import os
-    import subprocess
     import tempfile
 
     from .checking import check_file
-    from .compare.running import gpus
 
-    report = check_file(config, host)
-    if report.errors:
-        raise click.ClickException("\n".join(report.errors))
-    if report.host is None:
-        raise click.ClickException(f"{config}: its keys do not tell whether it is for Axolotl or TRL; give --host")
+    host = _host(config, check_file(config, host))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "probe.json"
-        command = [sys.executable, "-m", "axolotl_cvloss.command.probing", report.host, str(config), str(out)]
-        command += ["--batches", str(batches), *(() if share is None else ("--share", str(share)))]
-        # One process with one GPU; what hosts print is not what was asked for.
-        one = {"CUDA_VISIBLE_DEVICES": found[0]} if (found := gpus()) else {}
-        if subprocess.run(command, env={**os.environ, **one}, stdout=2).returncode:
+        more = ["--batches", str(batches), *(() if share is None else ("--share", str(share)))]
+        if not _in_process("probing", host, str(config), str(out), *more):
             raise click.ClickException(f"{config} could not be probed; the reason is above")
         said = json.loads(out.read_text())
     if as_json:
-        _print_json({"config": str(config), "host": report.host, **said})
+        _print_json({"config": str(config), "host": host, **said})
         return
 
     _print_probe(said)
@@ -194,30 +185,15 @@ def reference(config: Path, out: Path, host: str | None) -> None:
     Model and data are loaded as the host does. The folder gets the examples as tokens with the column, and the config
     that trains on them, which is printed. The same call goes on where one was killed.
     """
-    import os
-    import subprocess
-
     import yaml
 
-    from .checking import check
-    from .compare.running import gpus
+    from .checking import check, with_references
 
     data = yaml.safe_load(config.read_text(encoding="utf-8"))
     data = data if isinstance(data, Mapping) else {}
-    given = data.get("cv_loss")
-    # The column that the config has not got yet.
-    named = {given: 1.0} if isinstance(given, str) else given
-    named = {**named, "reference_logps": "reference_logps"} if isinstance(named, Mapping) else named
-    if isinstance(named, dict) and named.get("reference") == "adapter_off":
-        del named["reference"]
-    report = check({**data, "cv_loss": named} if "cv_loss" in data else data, host)
-    if report.errors:
-        raise click.ClickException("\n".join(report.errors))
-    if report.host is None:
-        raise click.ClickException(f"{config}: its keys do not tell whether it is for Axolotl or TRL; give --host")
-    command = [sys.executable, "-m", "axolotl_cvloss.command.referencing", report.host, str(config), str(out)]
-    one = {"CUDA_VISIBLE_DEVICES": found[0]} if (found := gpus()) else {}
-    if subprocess.run(command, env={**os.environ, **one}, stdout=2).returncode:
+    if "cv_loss" in data:  # with the column that the config has not got yet
+        data = {**data, "cv_loss": with_references(data["cv_loss"])}
+    if not _in_process("referencing", _host(config, check(data, host)), str(config), str(out)):
         raise click.ClickException(f"no reference could be made of {config}; the reason is above")
     click.echo((out / "config.yaml").read_text(encoding="utf-8"), nl=False)
 
@@ -333,6 +309,28 @@ def _loss(name: str) -> "Loss":
         return get_loss(name)
     except KeyError as error:
         raise click.ClickException(f"unknown loss {name!r}; {error.args[0]}") from error
+
+
+def _host(config: Path, report: "Report") -> str:
+    """The host of a config that is right."""
+    if report.errors:
+        raise click.ClickException("\n".join(report.errors))
+    if report.host is None:
+        raise click.ClickException(f"{config}: its keys do not tell whether it is for Axolotl or TRL; give --host")
+    return report.host
+
+
+def _in_process(module: str, *arguments: str) -> bool:
+    """Run a module that loads a host, in a process of its own with one GPU; whether it went well."""
+    import os
+    import subprocess
+
+    from .compare.running import gpus
+
+    command = [sys.executable, "-m", f"axolotl_cvloss.command.{module}", *arguments]
+    one = {"CUDA_VISIBLE_DEVICES": found[0]} if (found := gpus()) else {}
+    # What hosts print is not what was asked for.
+    return not subprocess.run(command, env={**os.environ, **one}, stdout=2).returncode
 
 
 def _print_probe(said: Mapping[str, Any]) -> None:

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from ..engine.rows import IGNORE_INDEX
 from ..hosts.transformers import ObjectiveTrainer
 from ..model.adapters import adapters_off, begins_elsewhere
-from ..objective.config import ADAPTER_OFF, KEY, CVLossConfig
+from ..objective.config import KEY, CVLossConfig
 from ..objective.objective import Objective
+from .checking import REFERENCES, with_references
 from .probing import of_axolotl, of_trl
 
-COLUMN = "reference_logps"
 CONFIG = "config.yaml"
 SHARD = 512  # examples between two files that a killed run goes on from
 # What a host has tokenized, beside columns that the key names.
@@ -59,11 +59,7 @@ def preparing(data: Mapping[str, Any], host: str) -> dict[str, Any]:
 
 def training(data: Mapping[str, Any], host: str, files: Mapping[str, Path], columns: Sequence[str]) -> dict[str, Any]:
     """The config that trains on the files, by split, which have these columns."""
-    given = data[KEY]
-    given = {given: 1.0} if isinstance(given, str) else dict(given)
-    if given.get("reference") == ADAPTER_OFF:
-        del given["reference"]
-    changes: dict[str, Any] = {KEY: {**given, COLUMN: COLUMN}}
+    changes: dict[str, Any] = {KEY: with_references(data[KEY])}
     if host == "axolotl":
         without = {"val_set_size", "test_datasets"}
         names = {"train": "datasets", "test": "test_datasets"}
@@ -103,7 +99,7 @@ def add_references(trainer: ObjectiveTrainer, out: Path, columns: Sequence[str])
             tokens = data.with_format("torch", columns=["input_ids"])["input_ids"]
             logps = _of_all(of_batch, tokens, trainer.args.per_device_eval_batch_size, kept / split, split)
             files[split], found = out / f"{split}.parquet", wanted
-            data.with_format(None).select_columns(wanted).add_column(COLUMN, logps).to_parquet(str(files[split]))
+            data.with_format(None).select_columns(wanted).add_column(REFERENCES, logps).to_parquet(str(files[split]))
     shutil.rmtree(kept)
     return files, found
 

@@ -12,17 +12,7 @@ try:
     from ..objective.config import KEY, ConfigError, CVLossConfig
     from ..objective.objective import Objective
     from .axolotl_columns import carry
-    from .axolotl_keys import (
-        MAMBA,
-        conflicts,
-        lost_columns,
-        misspelt,
-        no_adapter,
-        on_command_line,
-        prune_conflicts,
-        savers,
-        spell_out,
-    )
+    from .axolotl_keys import MAMBA, conflicts, conflicts_of, misspelt, on_command_line, savers, spell_out
     from .transformers import ObjectiveTrainer, connect
 except ImportError as error:
     # Axolotl prints an ImportError of a plugin and trains on without it. Any other error stops the run.
@@ -50,9 +40,7 @@ class CVLossArgs(BaseModel):
         problems = conflicts(data.get)
         try:
             config = CVLossConfig.parse(data[KEY])
-            problems += prune_conflicts(data.get) if config.prune else []
-            problems += config.without_reference() + no_adapter(config, data.get)
-            problems += lost_columns(data.get, config.columns)
+            problems += conflicts_of(config, data.get)
             data[KEY] = config.dump()
         except ValueError as error:
             problems.append(str(error))

@@ -65,6 +65,13 @@ def conflicts(value_of: ValueOf) -> list[str]:
     return [f"{KEY} cannot be used with {problem}" for problem in found]
 
 
+def conflicts_of(config: CVLossConfig, value_of: ValueOf) -> list[str]:
+    """The same for what the key itself says."""
+    pruned = prune_conflicts(value_of) if config.prune else []
+    without = config.without_reference() + no_adapter(config, value_of)
+    return [*pruned, *without, *lost_columns(value_of, config.columns)]
+
+
 def prune_conflicts(value_of: ValueOf) -> list[str]:
     """The same for one that has ``prune``."""
     streams = ("pretraining_dataset", "streaming")

@@ -28,7 +28,7 @@ from . import prune_keys
 from .columns import missing, per_token
 from .pruning import streamed
 from .transformers import ObjectiveTrainer, attach, switch_off
-from .trl_keys import conflicts, no_adapter, parallel, prune_conflicts
+from .trl_keys import conflicts, conflicts_of, no_adapter, parallel
 
 logger = logging.get_logger(__name__)
 
@@ -51,9 +51,7 @@ class CVLossSFTConfig(SFTConfig):
         problems = conflicts(partial(getattr, self))
         try:
             config = CVLossConfig.parse(self.cv_loss)
-            if config.prune is not None:
-                problems += prune_conflicts(lambda name: getattr(self, name, None))
-            problems += config.without_reference()
+            problems += conflicts_of(config, lambda name: getattr(self, name, None))
             self.cv_loss = config.dump()
         except ConfigError as error:
             problems.append(str(error))
@@ -83,14 +81,14 @@ class CVLossSFTTrainer(SFTTrainer):
                 f"{KEY} cannot be used with compute_loss_func: it brings another loss; remove it and register yours "
                 "with register_loss"
             )
-        data = named.get("train_dataset", more[1] if len(more) > 1 else None)
-        if CVLossConfig.parse(args.cv_loss).prune is not None and streamed(data):
-            raise ConfigError("\n".join(prune_keys.conflicts(streamed="a streamed dataset")))
+        config = CVLossConfig.parse(args.cv_loss)
         bound = inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *more, **named).arguments
+        if config.prune is not None and streamed(bound.get("train_dataset")):
+            raise ConfigError("\n".join(prune_keys.conflicts(streamed="a streamed dataset")))
         adapted = not isinstance(model, str) or bound.get("peft_config") is not None  # of a model the model will tell
-        if problems := no_adapter(CVLossConfig.parse(args.cv_loss), adapted):
+        if problems := no_adapter(config, adapted):
             raise ConfigError("\n".join(problems))
-        _check_columns(bound, args.cv_loss)
+        _check_columns(bound, config)
         switch_off(args)
         with _adapters_on_the_head():
             super().__init__(model, args, *more, **named)
@@ -177,9 +175,9 @@ class CVLossSFTTrainer(SFTTrainer):
             metrics["aux_loss"].append(aux_loss / self.args.world_size)
 
 
-def _check_columns(given: Mapping[str, Any], key: Any) -> None:
+def _check_columns(given: Mapping[str, Any], config: CVLossConfig) -> None:
     """Raise for datasets of a trainer that have not got the columns that the key names."""
-    config, evaluation = CVLossConfig.parse(key), given.get("eval_dataset")
+    evaluation = given.get("eval_dataset")
     sets = [(given.get("train_dataset"), False)]
     sets += [(each, True) for each in (evaluation.values() if isinstance(evaluation, Mapping) else [evaluation])]
     for dataset, evaluated in sets:

@@ -26,6 +26,11 @@ def conflicts(value_of: Callable[[str], Any]) -> list[str]:
     return [f"{KEY} cannot be used with {problem}" for problem in found] + parallel(value_of("parallelism_config"))
 
 
+def conflicts_of(config: CVLossConfig, value_of: Callable[[str], Any]) -> list[str]:
+    """The same for what the key itself says."""
+    return (prune_conflicts(value_of) if config.prune else []) + config.without_reference()
+
+
 def prune_conflicts(value_of: Callable[[str], Any]) -> list[str]:
     """The same where the key has ``prune``."""
     steps, epochs = value_of("max_steps"), value_of("num_train_epochs")
