@@ -9,12 +9,12 @@ nearly 200 of each, so that rare intents count as much as frequent ones. With --
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from make_slots import Row, build_model, build_tokenizer, rows_of, unseen
+from saving import save_model, save_rows
 
 MOST, RATIO = 1500, 100
 KEPT_BACK = 200  # of each intent
@@ -48,16 +48,11 @@ def main() -> None:
     training = cut(whole, tail)
     if args.kept_back:
         test = unseen(cut(reversed(whole), dict.fromkeys(intents, KEPT_BACK)), training)
-    folder = args.out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+    save_rows(args.out, train=map(example, training), test=map(example, test))
     for name, rows in (("train", training), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example(row)) + "\n" for row in rows))
         print(f"{name}: {dict(Counter(row['intent'] for row in rows).most_common())}")
     tokenizer = build_tokenizer([{"words": row["words"], "tags": [row["intent"]]} for row in training])
-    tokenizer.save_pretrained(args.out / "model")
-    model = build_model(tokenizer)
-    model.save_pretrained(args.out / "model")
-    print(f"{len(tokenizer)} tokens, {model.num_parameters():,} weights")
+    save_model(args.out, tokenizer, build_model(tokenizer))
 
 
 if __name__ == "__main__":

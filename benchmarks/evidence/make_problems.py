@@ -7,7 +7,6 @@ of them, for a last look.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,10 +14,17 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "demo"))
 
 from model import build_model, build_tokenizer
 from problems import make_problems
+from saving import save_model, save_rows
 
 from axolotl_cvloss.hosts.axolotl_prompts.gsm8k import example
 
 TRAIN, TEST = 8000, 1200
+
+
+def row_of(problem: dict[str, str]) -> dict[str, str]:
+    prompt, target = example(problem)
+    # The space goes with the answer, so that prompt and answer apart are the tokens of the whole.
+    return {"prompt": prompt.rstrip(" "), "completion": f" {target}"}
 
 
 def main() -> None:
@@ -28,16 +34,10 @@ def main() -> None:
     args = parser.parse_args()
     training = make_problems(TRAIN, held_out=False)
     held_out = make_problems(2 * TEST, held_out=True)
-    data = args.out / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for name, rows in ("train", training), ("test", held_out[TEST:] if args.kept_back else held_out[:TEST]):
-        with (data / f"{name}.jsonl").open("w") as file:
-            for prompt, target in map(example, rows):
-                # The space goes with the answer, so that prompt and answer apart are the tokens of the whole.
-                file.write(json.dumps({"prompt": prompt.rstrip(" "), "completion": f" {target}"}) + "\n")
+    test = held_out[TEST:] if args.kept_back else held_out[:TEST]
+    save_rows(args.out, train=map(row_of, training), test=map(row_of, test))
     tokenizer = build_tokenizer(training)
-    tokenizer.save_pretrained(args.out / "model")
-    build_model(tokenizer).save_pretrained(args.out / "model")
+    save_model(args.out, tokenizer, build_model(tokenizer))
 
 
 if __name__ == "__main__":

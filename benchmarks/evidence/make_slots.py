@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from saving import save_model, save_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -83,16 +84,10 @@ def main() -> None:
     if args.kept_back:
         training, last = training[:-KEPT_BACK], training[-KEPT_BACK:]
         test = unseen(last, training)
-    folder = args.out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", training), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example(row)) + "\n" for row in rows))
-        print(f"{name}: {len(rows)} rows")
+    save_rows(args.out, train=map(example, training), test=map(example, test))
+    print(f"{len(training)} training rows, {len(test)} test rows")
     tokenizer = build_tokenizer(training)
-    tokenizer.save_pretrained(args.out / "model")
-    model = build_model(tokenizer)
-    model.save_pretrained(args.out / "model")
-    print(f"{len(tokenizer)} tokens, {model.num_parameters():,} weights")
+    save_model(args.out, tokenizer, build_model(tokenizer))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def score(prediction: str, reference: str) -> dict[str, float]:
 
 
 def main() -> None:
+    from saving import save_model, save_rows
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,12 +54,9 @@ def main() -> None:
     training, test = rows("train")[:TRAIN], rows("dev")[: TEST // 2] + rows("test")[: TEST // 2]
     if args.kept_back:
         test = rows("train")[-TEST:]
-    folder = args.out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, found in (("train", training), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example(row)) + "\n" for row in found))
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out / "model")
-    AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").save_pretrained(args.out / "model")
+    save_rows(args.out, train=map(example, training), test=map(example, test))
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+    save_model(args.out, AutoTokenizer.from_pretrained(args.model), model)
 
 
 if __name__ == "__main__":

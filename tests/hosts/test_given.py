@@ -108,11 +108,9 @@ def test_a_weight_column_reaches_the_objective(loss, make_trainer, make_model): 
     check(gradients, one_big_batch(make_model, config, DATA, weights=weights))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 8])
-@pytest.mark.parametrize("normalize", ["examples", "square_root"])
-def test_documents_count_alike_however_the_step_is_cut(normalize, accumulation, make_trainer, make_model):  # noqa: F811
-    """In training; what is logged in evaluation is the mean over all documents too, not over batches."""
-    config = {"cross_entropy": 0.6, "lovasz": 0.4, "examples": {"normalize": normalize}}
+def one_step(examples, accumulation, make_trainer, make_model):  # noqa: F811
+    """A step whose gradient is that of one big batch: its trainer, what it logs, and the evaluation before it."""
+    config = {"cross_entropy": 0.6, "lovasz": 0.4, "examples": examples}
     arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     more = {"evaluated": DATA, "eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 3}
     trainer, gradients = accumulated(make_trainer, config, DATA, **arguments, **more)
@@ -121,6 +119,14 @@ def test_documents_count_alike_however_the_step_is_cut(normalize, accumulation, 
     trainer.train()
     check(gradients, one_big_batch(make_model, config, DATA))
     (entry,), (before, _) = history(trainer), history(trainer, "eval_loss")
+    return trainer, entry, before
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize("normalize", ["examples", "square_root"])
+def test_documents_count_alike_however_the_step_is_cut(normalize, accumulation, make_trainer, make_model):  # noqa: F811
+    """In training; what is logged in evaluation is the mean over all documents too, not over batches."""
+    trainer, entry, before = one_step({"normalize": normalize}, accumulation, make_trainer, make_model)
     for name in ("cross_entropy", "lovasz", "nll"):
         assert before[f"eval_cv_loss/{name}"] == pytest.approx(entry[f"cv_loss/{name}"], rel=1e-6)
     assert entry["loss"] == pytest.approx(0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/lovasz"])
@@ -141,15 +147,7 @@ def test_documents_count_alike_however_the_step_is_cut(normalize, accumulation, 
 )
 def test_the_losses_of_a_step_are_looked_at_however_it_is_cut(weights, accumulation, make_trainer, make_model):  # noqa: F811
     """Of documents weighed by them; evaluation weighs all alike."""
-    config = {"cross_entropy": 0.6, "lovasz": 0.4, "examples": weights}
-    arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-    more = {"evaluated": DATA, "eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 3}
-    trainer, gradients = accumulated(make_trainer, config, DATA, **arguments, **more)
-    install(trainer.model, Objective.from_config(config))
-    attach(trainer)
-    trainer.train()
-    check(gradients, one_big_batch(make_model, config, DATA))
-    (entry,), (before, _) = history(trainer), history(trainer, "eval_loss")
+    _, entry, before = one_step(weights, accumulation, make_trainer, make_model)
     assert entry["cv_loss/nll"] == pytest.approx(before["eval_cv_loss/nll"], rel=1e-6)
     assert entry["cv_loss/cross_entropy"] != pytest.approx(before["eval_cv_loss/cross_entropy"], rel=1e-4)
     assert entry["loss"] == pytest.approx(0.6 * entry["cv_loss/cross_entropy"] + 0.4 * entry["cv_loss/lovasz"])
