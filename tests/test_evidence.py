@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from axolotl_cvloss.command.compare import report
 from axolotl_cvloss.command.compare.running import read_lines
+from axolotl_cvloss.losses.registry import available_losses
+from axolotl_cvloss.objective.config import CVLossConfig
 
 EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
 FOLDERS = sorted(path.parent for path in EVIDENCE.glob("results/*/runs.jsonl"))
@@ -41,3 +44,15 @@ def test_the_page_is_written_from_the_lines(monkeypatch):
 
     assert page.PAGE.read_text() == page.page()
     sys.modules.pop("page")
+
+
+def test_the_screen_has_every_loss_that_next_token_data_can_train():
+    objectives = yaml.safe_load((EVIDENCE / "screen.yaml").read_text())
+    terms = [CVLossConfig.parse(value).terms for value in objectives.values()]
+    assert all(sum(term.weight for term in both) == pytest.approx(1) for both in terms)
+    screened = {(term.loss, term.weight) for both in terms for term in both[1:]}
+    left_out = {"anchored", "prior_weighted", "importance_weighted", "unlikelihood"}
+    wanted = {name for name, loss in available_losses().items() if loss.kind.name != "number"} - left_out
+    assert {(name, weight) for name in wanted for weight in (0.2, 0.4)} <= screened
+    by_batch = {both[1].loss for both in terms if both[1].per == "batch"}
+    assert by_batch >= {n for n in wanted if available_losses()[n].kind.name in ("region", "ranking")}
