@@ -24,6 +24,7 @@ KEYS |= {
     "entropy": {"confidence_penalty": {"weight": 0.5, "coefficient": 0.3}, "idft": 0.5},
     "p squared": {"brier": 0.5, "deft": 0.2, "confidence_penalty": 0.3},
     "squares and odds": {"squentropy": 0.3, "tofu": 0.5, "ldr": {"weight": 0.3, "temperature": 0.8}},
+    "sets beside a constant": {"dice": 0.4, "idft": 0.6},
     "sets beside them": {
         "lovasz": 0.3,
         "squentropy": 0.3,

@@ -8,7 +8,7 @@ from helpers import DEVICE, temporary_losses
 
 from axolotl_cvloss import Objective, register_loss
 from axolotl_cvloss.engine import batch as engine_batch
-from axolotl_cvloss.engine import statistics
+from axolotl_cvloss.engine import sources, statistics
 
 N, H, V = 9, 5, 23
 
@@ -119,6 +119,41 @@ def test_value_and_gradient(name, others, rows, monkeypatch):
             if others:
                 expected = expected + Objective.from_config(others).from_logits(z, labels, shift=False).loss
             torch.testing.assert_close(found, torch.autograd.grad(expected, wanted))
+
+
+def steered(logp, entropy):
+    """The entropy is a constant where that of all rows is small."""
+    return -logp * (entropy if float(entropy.detach().max()) > 1 else entropy.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "once"),
+    [("focal", True), ("idft", True), ("deft", True), ("confidence_penalty", False), ("steered", False)],
+)
+def test_a_frozen_head_is_read_once_beside_constants(name, once, monkeypatch):
+    """What a term detaches takes no second visit of the logits; what turns out to be no constant does."""
+    monkeypatch.setitem(engine_batch.CHUNK_BYTES, DEVICE.type, 3 * V * 8)
+    seen, affine = [], sources.LinearSource._affine
+    monkeypatch.setattr(
+        sources.LinearSource, "_affine", lambda self, rows: seen.extend(range(N)[rows]) or affine(self, rows)
+    )
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(s, H, generator=generator, dtype=torch.float64) for s in (N, V))
+    hidden[:3] *= 20  # the first chunk is sure
+    hidden.requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator)
+    with temporary_losses():
+        register_loss("steered", family="token")(steered)
+        objective = Objective.from_config({name: 0.7, "dice": 0.3})
+        loss = objective.from_hidden(hidden, weight, labels, shift=False).loss
+    dice = Objective.from_config({"dice": 0.3}).from_logits(hidden @ weight.T, labels, shift=False).loss
+    if name == "steered":
+        logp = (hidden @ weight.T).log_softmax(1)[torch.arange(N), labels]
+        alone = 0.7 * steered(logp, entropy_of(hidden @ weight.T)).mean()
+    else:
+        alone = Objective.from_config({name: 0.7}).from_logits(hidden @ weight.T, labels, shift=False).loss
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(alone + dice, hidden))
+    assert (len(seen) == N) == once
 
 
 @pytest.mark.parametrize("name", PULLED)

@@ -129,8 +129,9 @@ class _Pass:
         asked = with_others(
             t.key(name) for found in families.values() for t in found for name in STATISTICS if t.needs(name)
         )
-        pulled = {named(key)[0].of for key in asked if named(key)[0].pull}
-        self.keeps_z, self.elementwise = "z" in pulled, bool(pulled)
+        self.pulled = [key for key in asked if named(key)[0].pull]
+        self.keeps_z = any(named(key)[0].of == "z" for key in self.pulled)
+        self.terms = [t for found in families.values() for t in found]
         self.collected = list(dict.fromkeys([*asked, *(DIAGNOSTICS if diagnose else ())]))
         batch.statistics = {name: zeros.clone() for name in ("logp", "lse", *self.collected)}
         batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
@@ -160,10 +161,12 @@ class _Pass:
     def _in_two_visits(self) -> None:
         chunks, revisits = self.batch.chunks, any(part.revisits for part in self.parts)
         revisits = revisits or self.keeps_z
-        mixes = self.gradient and self.source.mixes and not revisits and not self.elementwise
+        mixes = self.gradient and self.source.mixes and not revisits
         kept: dict[int, View] = {}
         for chunk in chunks:
             view = self._visit(chunk, gradient=False)
+            if chunk is chunks[0]:
+                mixes = mixes and not self._bends(chunk.rows)
             for part in self.parts:
                 part.see_p(chunk, view)
             if mixes:
@@ -173,12 +176,28 @@ class _Pass:
         for part in self.parts:
             part.finish()
         found = self._evaluate(slice(0, len(self.batch)))
+        # What is a constant in the first rows may be none in others.
+        mixes = mixes and found.keys().isdisjoint(self.pulled)
         if self.gradient:
             for chunk in reversed(chunks):
                 again = kept.pop(chunk.number, None)
                 if again is None and not mixes:
                     again = self._visit_again(chunk)
                 self._pull(chunk, again, {name: x[chunk.rows] for name, x in found.items()})
+
+    def _bends(self, rows: slice) -> bool:
+        """Whether the gradient is more than p times a number of each row, as far as these rows tell.
+
+        It is where a statistic that is pulled back by an (n, V) of its own is in a value, and no constant there.
+        """
+        asking = [t for t in self.terms if any(t.needs(name) and t.key(name) in self.pulled for name in STATISTICS)]
+        if not all(term.loss.kind.pointwise for term in asking):
+            return True
+        leaves = {key: x[rows].detach().requires_grad_() for key, x in self.batch.statistics.items()}
+        with torch.enable_grad():
+            total = sum(self.batch.row_total(term, rows, leaves, report=False) for term in asking)
+        found = cotangents_or_none(total, [leaves[key] for key in self.pulled])
+        return any(cotangent is not None for cotangent in found)
 
     def _visit(self, chunk: Chunk, gradient: bool) -> View:
         """A chunk with its p, which the parts have seen, and its statistics put down."""

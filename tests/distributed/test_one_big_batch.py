@@ -174,7 +174,8 @@ def of_examples(examples, batch, logits, terms):
         plain = {
             name: {"share": x} if name == "cvar" else {"r": 0.4, **x} for name, x in examples.items() if name[0] in "rc"
         }
-        weights = dict(zip(known, naive_weights(losses, sizes ** (1 - power), plain).tolist(), strict=True))
+        found = naive_weights(losses, sizes ** (1 - power), plain).tolist()
+        weights = {**dict.fromkeys(range(ROWS), 1.0), **dict(zip(known, found, strict=True))}  # 1 without a label
     return naive_documents(batch, logits, terms, power, weights)
 
 
