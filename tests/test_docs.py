@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import datetime
 import inspect
 import itertools
 import json
@@ -87,16 +88,22 @@ def test_the_table_of_what_was_tested_is_that_of_the_results():
     assert hosts == set(compatibility.PACKAGE)
 
 
-def test_results_of_other_code_or_versions_are_dropped(monkeypatch):
+def test_results_keep_the_day_and_the_commit_that_they_ran_with(monkeypatch):
     compatibility = load("compatibility")
     one, two = ({"host": name, "result": "passed"} for name in ("one", "two"))
-    first = compatibility.merged({}, {"torch": "2"}, [one, {"host": "three", "result": "skipped"}], ("host",))
-    assert first["setups"] == [one]
-    assert first["code"] == compatibility.code()
-    assert compatibility.merged(first, {"torch": "2"}, [two], ("host",))["setups"] == [one, two]
-    assert compatibility.merged(first, {"torch": "3"}, [two], ("host",))["setups"] == [two]
-    monkeypatch.setattr(compatibility, "code", lambda: "of another day")
-    assert compatibility.merged(first, {"torch": "2"}, [two], ("host",))["setups"] == [two]
+    ran = []
+    for commit in "first", "second", "third":
+        monkeypatch.setattr(compatibility, "commit", lambda commit=commit: commit)
+        before = ran[-1] if ran else {}
+        rows = {"first": [one, two], "second": [{**two, "result": "failed"}, {**one, "result": "skipped"}]}
+        ran.append(compatibility.merged(before, {"torch": "2"}, rows.get(commit, []), ("host",)))
+    assert ran[1] == ran[2]
+    assert [(row["host"], row["result"], row["commit"]) for row in ran[2]["setups"]] == [
+        ("one", "passed", "first"),
+        ("two", "failed", "second"),
+    ]
+    assert all(datetime.date.fromisoformat(row["day"]) for row in ran[2]["setups"])
+    assert compatibility.merged(ran[2], {"torch": "3"}, [], ("host",))["setups"] == []
 
 
 def test_what_is_said_of_classes_of_models_is_what_was_found():
