@@ -13,15 +13,26 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import sharding_on_cpu  # noqa: F401
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from one_step import make_model, padded
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from axolotl_cvloss import Objective, attach, install
 
 COUNT = 43
+LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+# From a checkpoint of several processes on a CPU, Trainer cannot load an optimizer with a state, and FSDP none without.
+SGD = {"optim": "sgd", "learning_rate": 0.5}
+FSDP2 = {
+    "optim": "adamw_torch",
+    "learning_rate": 0.02,
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {"version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False, **LAYERS},
+}
 
 
 def make_rows():
@@ -61,6 +72,8 @@ class Watch(TrainerCallback):
 
 
 def run(case, folder, checkpoint):
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     model = make_model()
     install(model, Objective.from_config(case["cv_loss"]))
     rows = make_rows()
@@ -71,8 +84,6 @@ def run(case, folder, checkpoint):
             output_dir=folder,
             use_cpu=True,
             num_train_epochs=4,
-            optim="sgd",  # has no state: Trainer cannot load one that several processes on a CPU have saved
-            learning_rate=0.5,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             logging_steps=1,
@@ -81,6 +92,7 @@ def run(case, folder, checkpoint):
             report_to=[],
             disable_tqdm=True,
             **case["arguments"],
+            **(FSDP2 if case["sharded"] else SGD),
         ),
         train_dataset=data.with_format("torch") if case["library"] else rows,
         data_collator=DataCollatorWithFlattening() if case["flattened"] else padded,
@@ -89,7 +101,9 @@ def run(case, folder, checkpoint):
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=checkpoint)
-    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    weights = [parameter.detach() for parameter in trainer.model.parameters()]
+    assert all(hasattr(weight, "full_tensor") for weight in weights) == case["sharded"]
+    weights = torch.cat([w.full_tensor().flatten() if case["sharded"] else w.flatten() for w in weights])
     mine = {"epochs": watch.epochs, "model": hashlib.sha256(weights.numpy().tobytes()).hexdigest()}
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)

@@ -8,21 +8,27 @@ import pytest
 COUNT = 43  # of prune_ranks.py
 
 KEY = {"cross_entropy": 1.0, "prune": {"share": 0.8, "until": 0.8}}
+PLAIN = {"arguments": {}, "library": True, "flattened": False, "sharded": False, "resume": 8}
 CASES = {
-    "filled": {"arguments": {}, "library": True, "flattened": False, "resume": 8},
-    "dropped": {"arguments": {"dataloader_drop_last": True}, "library": False, "flattened": False, "resume": 3},
+    "filled": PLAIN,
+    "dropped": {**PLAIN, "arguments": {"dataloader_drop_last": True}, "library": False, "resume": 3},
     "workers, flattened": {
+        **PLAIN,
         "arguments": {"dataloader_num_workers": 2, "train_sampling_strategy": "group_by_length"},
-        "library": True,
         "flattened": True,
         "resume": 6,
     },
+    "FSDP2": {**PLAIN, "sharded": True},
 }
 STEP = 8  # examples: two micro-batches of two on two ranks
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("names", [["filled"], pytest.param([*CASES][1:], marks=pytest.mark.matrix)], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [["filled"], *(pytest.param(names, marks=pytest.mark.matrix) for names in ([*CASES][1:-1], ["FSDP2"]))],
+    ids=str,
+)
 def test_two_ranks(names, start_processes, tmp_path):
     files, cases = (tmp_path / "cases.json", tmp_path / "found.json"), {name: CASES[name] for name in names}
     files[0].write_text(json.dumps([{**case, "cv_loss": KEY} for case in cases.values()]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from helpers import naive_weights
 from naive import NAIVE
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,21 +59,21 @@ def sft(files, tmp_path, problems, monkeypatch):
     return write
 
 
-def apart(model, examples, losses, parameters=()):
+def apart(model, examples, losses, parameters=(), parts=None):
     """For each loss its value, its gradient in the hidden states of all documents, and in the parameters of the head.
 
-    Every document is run alone, and its logits are kept in full.
+    Every document is run alone, and its logits are kept in full. It has its part of the sum: that of its tokens.
     """
-    tokens = sum(len(labels) for _, labels in examples)
+    parts = parts or [len(labels) / sum(len(labels) for _, labels in examples) for _, labels in examples]
     found = {}
     for name in losses:
         value, hidden, head = 0.0, [], [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
-        for input_ids, labels in examples:
+        for (input_ids, labels), of_all in zip(examples, parts, strict=True):
             with torch.no_grad():
                 states = model(input_ids[None], output_hidden_states=True).hidden_states[-1][0]
             states = states.requires_grad_()
             logits = model.get_output_embeddings()(states)[-len(labels) - 1 : -1]
-            part = NAIVE[name](logits.double(), labels) * len(labels) / tokens
+            part = NAIVE[name](logits.double(), labels) * of_all
             gradients = torch.autograd.grad(part, [states, *parameters])
             value += float(part.detach())
             hidden.append(gradients[0].double().flatten())
@@ -129,6 +130,22 @@ def test_against_gradients_taken_apart(sft, files, problems, tmp_path, keys):
     assert (lovasz["rows"], lovasz["sets"], lovasz["classes"]) == (tokens, 16, pytest.approx(classes / 16))
     assert said["memory"]["with_objective"] > 0
     assert said["memory"]["without_objective"] > 0
+
+
+@pytest.mark.parametrize(
+    "examples", [{"normalize": "examples"}, {"reweight": {"by": "extremes", "warmup": 0.9}}, {"cvar": 0.3}], ids=str
+)
+def test_documents_that_are_weighed(examples, sft, files, problems, tmp_path):
+    """As at the end of training, among all of the micro-batches; each document counts by 1 beside its weight."""
+    said = probe(of_trl(sft({**MIX, "examples": examples}), str(tmp_path)), 4)
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    documents = examples_of(AutoTokenizer.from_pretrained(files / "model"), problems["train"][:16])
+    weights = torch.ones(16)
+    if "normalize" not in examples:
+        losses = [apart(model, [document], ["cross_entropy"])["cross_entropy"][0] for document in documents]
+        kinds = {"reweight": {"by": "extremes", "r": 0.4}} if "reweight" in examples else {"cvar": {"share": 0.3}}
+        weights = naive_weights(losses, torch.ones(16), kinds)
+    agree(said, apart(model, documents, MIX, [model.lm_head.weight], (weights / 16).tolist()), MIX)
 
 
 def test_an_adapted_head(sft, files, problems, tmp_path):

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import naive_weights
 from test_trainer import FLOAT32, collate, history, make_trainer, rows  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
 
@@ -113,7 +114,7 @@ class Watch(TrainerCallback):
         trainer.cv_loss.model.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def see(self, model, inputs, given):
-        if model.training:
+        if model.training and self.trainer.cv_loss.looked is None:
             lines = [tuple(t for t in line if t) for line in given["input_ids"].tolist()]
             numbers = torch.tensor([self.known[line] for line in lines])
             assert (given["cv_loss_number"] == numbers).all()
@@ -251,6 +252,28 @@ def test_with_weights_of_the_data(pruned):
         trainer.train()
         losses.append([entry["loss"] for entry in history(trainer)])
     assert losses[1] == pytest.approx([2 * loss for loss in losses[0]], rel=FLOAT32)
+
+
+@pytest.mark.parametrize("examples", [{"normalize": "examples"}, {"cvar": 0.3}], ids=str)
+def test_documents_that_are_weighed(examples, pruned, make_model):
+    """Each counts 1, times what its loss among those of the step says, times what it weighs in the epoch.
+
+    With a rate of 0 the losses are those of the model that it began with.
+    """
+    trainer, watch = pruned(config={**PRUNE, "examples": examples}, learning_rate=0.0)
+    trainer.train()
+    plain, data = make_model().double(), rows(COUNT)
+    losses = torch.tensor([nll_of(plain, row) for row in data], dtype=torch.float64)
+    seen = [seen for epoch in watch.epochs for seen in epoch]
+    assert len({weight for _, weight in seen}) > 1
+    logs = history(trainer)
+    assert len(seen) == STEP * len(logs)
+    for step, entry in enumerate(logs):
+        numbers, weights = (torch.tensor(x) for x in zip(*seen[STEP * step : STEP * (step + 1)], strict=True))
+        own = losses[numbers]
+        if "cvar" in examples:
+            weights = weights * naive_weights(own, torch.ones(STEP), {"cvar": {"share": 0.3}})
+        assert entry["loss"] == pytest.approx(float((weights * own).mean()), rel=FLOAT32)
 
 
 def test_an_example_without_labels_stays(pruned):

@@ -90,6 +90,20 @@ def test_accumulation_with_virtual_tokens_is_one_big_batch(make_trainer):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("adapter", PROMPTS)
+@pytest.mark.parametrize("weights", [{"reweight": {"by": "extremes", "warmup": 0}}, {"cvar": 0.3}], ids=str)
+def test_documents_are_weighed_by_their_losses_however_a_step_is_cut(weights, adapter, make_trainer):
+    """A look at micro-batches finds the rows of their documents, with the one that a virtual token predicts."""
+    found = []
+    for size, steps in [(8, 1), (2, 4)]:
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        (entry,) = logged(make_trainer({**FOCAL_AND_LOVASZ, "examples": weights}, PROMPTS[adapter], **cut))
+        names = ["loss", "grad_norm", *(f"cv_loss/examples/{name}" for name in ("smallest", "largest", "effective"))]
+        found.append([entry[name] for name in names])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][-1] < 7.9  # of 8: they differ
+
+
 def test_scopes_and_goldfish_with_prefix_tuning(make_trainer):
     """The virtual tokens are in the mask, and in nothing else."""
     trainer = make_trainer(BOTH_SCOPES, PROMPTS["prefix tuning"], text=False, max_steps=1)
