@@ -263,6 +263,55 @@ def test_nan_on_another_rank(runs):
     assert "cross_entropy, lovasz, nll became NaN or infinite in step 1 on rank 1." in line
 
 
+@pytest.fixture
+def conversations(files, problems, tmp_path):
+    """Keys of a setup whose data are conversations of two rounds; some answers have a weight, and some are bad."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + ' </s>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
+    )
+    AutoModelForCausalLM.from_pretrained(files / "model").save_pretrained(tmp_path / "chats")
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "chats")
+    data = {}
+    for part, rows in problems.items():
+        data[part], lines = str(tmp_path / f"{part}.jsonl"), []
+        for number, both in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+            messages = []
+            for row, weight in zip(both, (2.0, 0.25 * (number % 3)), strict=True):
+                messages.append({"role": "user", "content": row["prompt"]})
+                messages.append({"role": "assistant", "content": row["completion"], "weight": weight})
+            messages[1]["bad"] = int(number % 4 == 0)
+            lines.append(json.dumps({"messages": messages}))
+        Path(data[part]).write_text("\n".join(lines))
+    terms = [{"loss": "cross_entropy"}, {"loss": "unlikelihood", "weight": 0.1, "where": "bad"}]
+    cv_loss = {"terms": terms, "example_weights": "weight"}
+    return {"model": str(tmp_path / "chats"), "data": data, "cv_loss": cv_loss}
+
+
+@needs_trl
+@pytest.mark.hosts
+@pytest.mark.matrix
+@pytest.mark.parametrize(("sharding", "packing"), [("DDP", "packed"), ("FSDP2", "padded")])
+@pytest.mark.parametrize("runs", [TRLRuns], ids=["TRL"], indirect=True)
+def test_weights_of_messages(runs, sharding, packing, conversations):
+    """A field of a message is a number of its tokens, and two processes do with it what one does."""
+    found = []
+    for way in "1 process", sharding:
+        more = {"assistant_only_loss": True, "eval_strategy": "no", "save_steps": STEPS}
+        setup = {**runs.setup(way, packing, "full", way, **more), **conversations}
+        runs.start(way, setup)
+        found.append(runs.history(setup))
+    names = ["loss", "grad_norm", "cv_loss/nll"]
+    names += [f"cv_loss/{term}{what}" for term in ("cross_entropy", "unlikelihood") for what in ("", "/tokens")]
+    for alone, both in zip(*found, strict=True):
+        assert {name: both[name] for name in names} == pytest.approx({name: alone[name] for name in names}, rel=1e-3)
+        assert abs(both["cv_loss/cross_entropy"] - both["cv_loss/nll"]) > 0.01  # weights are no part of the latter
+    assert any(0 < entry["cv_loss/unlikelihood/tokens"] < entry["cv_loss/cross_entropy/tokens"] for entry in found[1])
+
+
 @needs_axolotl
 @pytest.mark.hosts
 @pytest.mark.parametrize("runs", [AxolotlRuns], ids=["Axolotl"], indirect=True)
