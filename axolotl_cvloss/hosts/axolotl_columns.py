@@ -5,7 +5,7 @@ examples, and that which names what is prepared, so that data prepared without t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from hashlib import md5
 from typing import Any
@@ -13,73 +13,71 @@ from typing import Any
 from ..objective.config import KEY, CVLossConfig
 from .columns import before_messages, missing, numbers, of_messages
 
-_wanted: list[CVLossConfig] = []  # the config of the run, if its key names columns
+_before: list[tuple[Any, str, Callable[..., Any]]] = []  # of what is in brackets: its module, its name, what it was
 _evaluated: list[bool] = []  # whether the datasets that are being loaded are for evaluation
 
 
 def carry(config: CVLossConfig | None) -> None:
-    """Keep the columns that the key of a run names, or nothing more than Axolotl does."""
-    _wanted[:] = [config] if config is not None and config.columns else []
-    if not _wanted:
+    """Keep the columns that the key of a run names, or nothing more than Axolotl does.
+
+    The brackets hold the config: some of them go to processes that know nothing of this one.
+    """
+    while _before:
+        setattr(*_before.pop())
+    if config is None or not config.columns:
         return
     from axolotl.utils.data import sft, utils, wrappers
 
+    names = sorted(config.columns)
     for module, name, bracket in (
-        (sft, "_load_and_process_single_dataset", _loaded),
-        (wrappers, "wrap_dataset_for_tokenized_prompt", _strategy),
-        (utils, "truncate_long_seq", _cut),
-        (sft, "generate_dataset_hash_from_config", _named),
+        (sft, "_load_and_process_single_dataset", partial(_loaded, config)),
+        (wrappers, "wrap_dataset_for_tokenized_prompt", partial(_strategy, config)),
+        (utils, "truncate_long_seq", partial(_cut, names)),
+        (sft, "generate_dataset_hash_from_config", partial(_named, names)),
     ):
         if (function := getattr(module, name, None)) is None:
             raise RuntimeError(
-                f"{KEY}: this version of Axolotl prepares data in another way, and the columns "
-                f"{', '.join(_wanted[0].columns)} of the dataset would not come to the loss"
+                f"{KEY}: this version of Axolotl prepares data in another way, and the columns {', '.join(names)} of "
+                "the dataset would not come to the loss"
             )
-        if not hasattr(function, "_cv_loss"):
-            bracketed = wraps(function)(partial(bracket, function))
-            bracketed._cv_loss = True  # type: ignore[attr-defined]
-            setattr(module, name, bracketed)
+        _before.append((module, name, function))
+        setattr(module, name, wraps(function)(partial(bracket, function)))
 
 
-def _loaded(load: Callable[..., Any], *given: Any, **named: Any) -> Any:
+def _loaded(config: CVLossConfig, load: Callable[..., Any], *given: Any, **named: Any) -> Any:
     _evaluated.append(named.get("split") == "test")
     try:
         dataset, prompter = load(*given, **named)
-        _check(dataset)  # here too, for those that come tokenized
+        _check(dataset, config)  # here too, for those that come tokenized
     finally:
         _evaluated.pop()
     return dataset, prompter
 
 
-def _check(dataset: Any) -> None:
-    if _wanted and (problem := missing(dataset, _wanted[0], evaluation=_evaluated == [True])):
+def _check(dataset: Any, config: CVLossConfig) -> None:
+    if problem := missing(dataset, config, evaluation=_evaluated == [True]):
         raise ValueError(problem)
 
 
-def _strategy(wrap: Callable[..., Any], prompt_tokenizer: Any, dataset: Any, **more: Any) -> Any:
-    if not _wanted:
-        return wrap(prompt_tokenizer, dataset, **more)
-    (config,) = _wanted
-    _check(dataset)
+def _strategy(config: CVLossConfig, wrap: Callable[..., Any], prompt_tokenizer: Any, dataset: Any, **more: Any) -> Any:
+    _check(dataset, config)
     names = dataset.column_names or list(next(iter(dataset)))
     own = {name: key for name, key in config.columns.items() if name in names}
     fields = {name: (config.columns[name], n) for name, n in before_messages(dataset, names, config).items()}
     return wrap(Carrying(prompt_tokenizer, own, fields), dataset, **more)
 
 
-def _cut(truncate: Callable[..., Any], sample: Any, sequence_len: int = 2048) -> Any:
+def _cut(names: Sequence[str], truncate: Callable[..., Any], sample: Any, sequence_len: int = 2048) -> Any:
     lengths = [len(ids) for ids in sample["input_ids"]]
-    for name in _wanted[0].columns if _wanted else ():
+    for name in names:
         for i, length in enumerate(lengths if name in sample else ()):
             if isinstance(values := sample[name][i], list) and len(values) == length:
                 sample[name][i] = values[:sequence_len]
     return truncate(sample, sequence_len=sequence_len)
 
 
-def _named(generate: Callable[..., str], cfg: Any, *more: Any, **named: Any) -> str:
-    plain = generate(cfg, *more, **named)
-    columns = sorted(_wanted[0].columns) if _wanted else []
-    return md5(f"{plain} {columns}".encode(), usedforsecurity=False).hexdigest() if columns else plain
+def _named(names: Sequence[str], generate: Callable[..., str], cfg: Any, *more: Any, **named: Any) -> str:
+    return md5(f"{generate(cfg, *more, **named)} {names}".encode(), usedforsecurity=False).hexdigest()
 
 
 class Carrying:
@@ -130,10 +128,10 @@ class Carrying:
             tools=strategy._get_tools(row),
             **prompter.chat_template_kwargs,
         )
-        found = {}
-        for name, (key, before) in self.fields.items():
-            # A system prompt may have come before the messages, or have been taken away.
-            given: list[dict[str, Any]] = [{}] * len(turns) + list(strategy._get_messages(row))
-            numbered = [{**turn, name: of.get(name)} for turn, of in zip(turns, given[-len(turns) :], strict=True)]
-            found[name] = of_messages(numbered, name, key, before, input_ids, self.tokenizer, render)
-        return found
+        # A system prompt may have come before the messages, or have been taken away.
+        given: list[dict[str, Any]] = [{}] * len(turns) + list(strategy._get_messages(row))
+        numbered = [
+            {**turn, **{name: of.get(name) for name in self.fields}}
+            for turn, of in zip(turns, given[-len(turns) :], strict=True)
+        ]
+        return of_messages(numbered, self.fields, input_ids, self.tokenizer, render)

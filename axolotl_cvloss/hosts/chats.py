@@ -1,4 +1,4 @@
-"""A number of each message of a conversation as a number of each of its tokens. Imports no host."""
+"""Which tokens of a conversation are of which of its messages. Imports no host."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -35,23 +35,16 @@ def _has(row: Mapping[str, Any], name: str) -> bool:
     return any(isinstance(each, Mapping) and each.get(name) is not None for value in lists for each in value)
 
 
-def number_of_each_token(
-    messages: Sequence[Message],
-    values: Sequence[float],
-    input_ids: Sequence[int],
-    tokenizer: Any,
-    render: Callable[..., str],
-    before: float,
-) -> list[float]:
-    """As many numbers as ``input_ids``.
+def message_of_each_token(
+    messages: Sequence[Message], input_ids: Sequence[int], tokenizer: Any, render: Callable[..., str]
+) -> list[int]:
+    """Of which message each token is, counted from 1; 0 before the first.
 
     The tokens of a message are those from the beginning of what it says to the beginning of what the next one says, so
     the token that ends it is one of them. What an assistant says begins after the template's generation prompt.
 
     Args:
-        values: A number of each message.
         render: Makes text of messages, by the template; with ``add_generation_prompt=True`` also the prompt.
-        before: The number of the tokens before the first message.
 
     Raises:
         ValueError: The tokens are not those of the text, or the tokenizer does not say where in it they are.
@@ -65,8 +58,7 @@ def number_of_each_token(
         )
     starts = [_start(text, messages, i, render) for i in range(len(messages))]
     # A token on both sides of a start is of the later message.
-    of = [bisect_left(starts, end) for _, end in encoded["offset_mapping"]]
-    return [values[i - 1] if i else before for i in of]
+    return [bisect_left(starts, end) for _, end in encoded["offset_mapping"]]
 
 
 def _start(text: str, messages: Sequence[Message], i: int, render: Callable[..., str]) -> int:
@@ -79,9 +71,13 @@ def _start(text: str, messages: Sequence[Message], i: int, render: Callable[...,
         if prompt is not None and text.startswith(prompt):
             return len(prompt)
     # Where another text in its place makes the first difference, as the rest of the conversation may change the whole.
-    role, others = messages[i]["role"], []
-    for stand_in in STAND_INS:
-        other = render([*messages[:i], {"role": role, "content": stand_in}, *messages[i + 1 :]])
-        same = (a == b for a, b in zip(text, other, strict=False))
-        others.append(next((at for at, alike in enumerate(same) if not alike), min(len(text), len(other))))
-    return min(others)
+    role = messages[i]["role"]
+    others = (
+        render([*messages[:i], {"role": role, "content": stand_in}, *messages[i + 1 :]]) for stand_in in STAND_INS
+    )
+    return min(_first_difference(text, other) for other in others)
+
+
+def _first_difference(a: str, b: str) -> int:
+    """How many characters are the same before it; halved, as comparing text one by one takes longer than to render."""
+    return bisect_left(range(min(len(a), len(b))), True, key=lambda at: a[: at + 1] != b[: at + 1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..objective.config import KEY, CVLossConfig
-from .chats import in_messages, number_of_each_token
+from .chats import in_messages, message_of_each_token
 
 OF_TOKENS = f"{KEY}.reference_logps"  # has no meaning with one number for an example
 
@@ -132,8 +132,8 @@ def _listed(
         tools, more = example.get("tools"), example.get("chat_template_kwargs") or {}
         more = {"chat_template": template, "tools": json.loads(tools) if isinstance(tools, str) else tools, **more}
         render = partial(tokenizer.apply_chat_template, tokenize=False, **more)
-        for name, number in before.items():
-            found[name] = of_messages(messages, name, columns[name], number, example["input_ids"], tokenizer, render)
+        fields = {name: (columns[name], number) for name, number in before.items()}
+        found |= of_messages(messages, fields, example["input_ids"], tokenizer, render)
     if cut is None:
         return found
     kept = slice(-cut[0], None) if cut[1] == "keep_end" else slice(cut[0])
@@ -142,18 +142,24 @@ def _listed(
 
 def of_messages(
     messages: Sequence[Mapping[str, Any]],
-    name: str,
-    key: str,
-    before: float,
+    fields: Mapping[str, tuple[str, float]],
     input_ids: Sequence[int],
     tokenizer: Any,
     render: Callable[..., str],
-) -> list[float]:
-    """The number of each token, from a field of messages; those without it have ``before``."""
-    values = [before if message.get(name) is None else message[name] for message in messages]
-    if wrong := [value for value in values if not isinstance(value, int | float)]:
-        raise ValueError(f"{key}: {name} is {wrong[0]!r:.60} in a message; give a number")
+) -> dict[str, list[float]]:
+    """The numbers of each token, from fields of messages.
+
+    Args:
+        fields: By name, the key that names a field, and the number of a message without it and of what is before all.
+    """
+    numbers = {}
+    for name, (key, before) in fields.items():
+        values = [before, *(before if message.get(name) is None else message[name] for message in messages)]
+        if wrong := [value for value in values if not isinstance(value, int | float)]:
+            raise ValueError(f"{key}: {name} is {wrong[0]!r:.60} in a message; give a number")
+        numbers[name] = [float(value) for value in values]
     try:
-        return number_of_each_token(messages, [float(v) for v in values], input_ids, tokenizer, render, before)
+        of = message_of_each_token(messages, input_ids, tokenizer, render)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise ValueError(f"{', '.join(key for key, _ in fields.values())}: {error}") from error
+    return {name: [values[message] for message in of] for name, values in numbers.items()}

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import dill
 import pytest
 import torch
 from datasets import Dataset
@@ -16,7 +17,7 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_cvloss import CVLossSFTConfig, CVLossSFTTrainer
 from axolotl_cvloss.hosts.axolotl_columns import carry
-from axolotl_cvloss.hosts.chats import number_of_each_token
+from axolotl_cvloss.hosts.chats import message_of_each_token
 from axolotl_cvloss.objective.config import ConfigError, CVLossConfig
 
 # Markers are words that are in the vocabulary, as the tokenizer of these tests knows nothing else.
@@ -53,19 +54,19 @@ def test_the_tokens_of_messages(template, tokenizer):
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **more)
 
     ids = tokenizer(render(messages), add_special_tokens=False)["input_ids"]
-    found = number_of_each_token(messages, [0.0, 1.0, 2.0, 3.0], ids, tokenizer, render, before=-1.0)
+    found = message_of_each_token(messages, ids, tokenizer, render)
     words = tokenizer.convert_ids_to_tokens(ids)
     assert len(found) == len(words)
     at = 0
-    for number, said in enumerate(SAID):
+    for number, said in enumerate(SAID, start=1):
         wanted = said.split()
         while words[at : at + len(wanted)] != wanted:
             at += 1
         ended = at + len(wanted) + (words[at + len(wanted) : at + len(wanted) + 1] == ["</s>"])
-        assert set(found[at:ended]) == {float(number)}
+        assert set(found[at:ended]) == {number}
         at = ended
     if template == THINKING:  # an assistant's thoughts are its own
-        assert [n for n, word in zip(found, words, strict=True) if word == "sort"] == [3.0, 3.0]
+        assert [n for n, word in zip(found, words, strict=True) if word == "sort"] == [4, 4]
 
 
 def test_tokens_that_are_not_those_of_the_text_are_refused(tokenizer):
@@ -76,7 +77,7 @@ def test_tokens_that_are_not_those_of_the_text_are_refused(tokenizer):
 
     for which, ids in [(tokenizer, [5, 6]), (SimpleNamespace(is_fast=False), [5])]:
         with pytest.raises(ValueError, match="cannot be told apart: this takes a fast tokenizer"):
-            number_of_each_token(messages, [0.0, 1.0], ids, which, render, before=0.0)
+            message_of_each_token(messages, ids, which, render)
 
 
 def conversations(count=12):
@@ -351,6 +352,15 @@ def test_what_is_cut_is_cut_with_its_numbers(tokenizer):
     carry(None)
     batch = {"input_ids": [[1, 2, 3]], "importance": [[0.1, 0.2, 0.3]]}
     assert utils.truncate_long_seq(batch, sequence_len=2)["importance"] == [[0.1, 0.2, 0.3]]
+
+
+def test_a_process_that_was_given_the_cut_alone_cuts_the_numbers():
+    """What a worker gets that is started anew, with dill as ``datasets`` has it: nothing but the function."""
+    carry(CVLossConfig.parse(WEIGHED))
+    sent = dill.dumps(utils.truncate_long_seq)
+    carry(None)
+    batch = {"input_ids": [[1, 2, 3]], "importance": [[0.1, 0.2, 0.3]]}
+    assert dill.loads(sent)(batch, sequence_len=2)["importance"] == [[0.1, 0.2]]
 
 
 def test_data_that_were_prepared_without_the_columns_are_not_taken():
