@@ -21,7 +21,15 @@ from ..engine.examples import of_all_processes
 from ..engine.rows import COMPLETION, Rows
 from ..engine.sets import SetCounts
 from ..engine.vocabulary import count_labels
-from ..model.installation import DOCUMENT_WEIGHTS, NUMBER, Evaluation, Installation, installation, without_adapters
+from ..model.installation import (
+    DOCUMENT_WEIGHTS,
+    NUMBER,
+    Evaluation,
+    Installation,
+    columns_as_bits,
+    installation,
+    without_adapters,
+)
 from ..objective.objective import Objective, ObjectiveResult
 from . import pruning
 from .columns import ColumnCollator
@@ -361,6 +369,10 @@ class ObjectiveTrainer(Trainer):
         weights = objective.weights_of(losses, masses)[here].split([len(own) for _, own, _ in found])
         for (sample, _, _), weight in zip(found, weights, strict=True):
             sample[DOCUMENT_WEIGHTS] = weight.contiguous().view(torch.int64)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        columns = self.cv_loss.objective.config.columns
+        return super()._prepare_inputs(columns_as_bits(inputs, columns) if columns else inputs)
 
     def _cv_rows(self, batch: Any) -> Rows | None:
         """The rows of a micro-batch, as the objective counts them; None where it has no labels."""

@@ -33,6 +33,8 @@ _REPLACED = "_cv_loss_replaced"
 # Of a batch: the weights (D,) of its documents as the bits of float64, which FSDP would cast to bfloat16 on the way.
 DOCUMENT_WEIGHTS = "cv_loss_document_weights"
 NUMBER = "cv_loss_number"  # of a batch: the number of each example in the training set, where ``prune`` asks for it
+# Of a batch, before the name of a column: its numbers as bits of float32, as FSDP and DeepSpeed cast what is not whole.
+_BITS = "cv_loss_bits_of_"
 _ROW_INPUTS = ("position_ids", "attention_mask", "input_ids")
 
 
@@ -85,6 +87,7 @@ class Installation:
         self.evaluation: Evaluation | None = None
         self.pruning: Pruning | None = None
         self._columns = objective.config.columns
+        self._column_names = {*self._columns, *(_BITS + name for name in self._columns)}
         if objective.config.needs_logits and objective.config.head != "logits":
             logger.warning(f"cv_loss: {objective} {NEEDS_LOGITS}; `head: logits` silences this warning")
         self._tap = HeadTap(model)
@@ -107,7 +110,7 @@ class Installation:
                 return _original(module)(*args, **kwargs)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             if named.get("labels") is None and named.get("shift_labels") is None:
-                for name in ("num_items_in_batch", NUMBER, DOCUMENT_WEIGHTS, *installed._columns):
+                for name in ("num_items_in_batch", NUMBER, DOCUMENT_WEIGHTS, *installed._column_names):
                     kwargs.pop(name, None)
                 return installed.original(*args, **kwargs)
             return installed._forward(**named)
@@ -180,7 +183,7 @@ class Installation:
         inputs.pop("skip_logits", None)  # a wish of Trainer to Liger's forward
         numbers, weights = inputs.pop(NUMBER, None), inputs.pop(DOCUMENT_WEIGHTS, None)
         columns = self.columns(inputs) if self.model.training else _columns(inputs, self._columns)
-        inputs = {name: value for name, value in inputs.items() if name not in self._columns}
+        inputs = {name: value for name, value in inputs.items() if name not in self._column_names}
         run = partial(self.original, **inputs, return_dict=True)
         counts: Mapping[Selector, Tensor | float] | None = None
         if num_items_in_batch is not None:
@@ -490,9 +493,19 @@ def _original(model: nn.Module) -> Callable[..., Any]:
     return model.__dict__[_REPLACED].before or MethodType(type(model).forward, model)
 
 
+def columns_as_bits(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The batch with these columns as whole numbers, which keep all digits on their way to the forward."""
+    given = dict(batch)
+    for name in names:
+        if isinstance(values := given.get(name), Tensor) and values.is_floating_point():
+            given[_BITS + name] = given.pop(name).float().contiguous().view(torch.int32)
+    return given
+
+
 def _columns(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
     """Those that the batch has."""
-    return {name: batch[name] for name in names if batch.get(name) is not None}
+    bits = {name: batch[_BITS + name].view(torch.float32) for name in names if batch.get(_BITS + name) is not None}
+    return {**{name: batch[name] for name in names if batch.get(name) is not None}, **bits}
 
 
 def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:

@@ -52,7 +52,9 @@ def make_rows(untrained=()):
         labels = ids.clone()
         labels[: length if number in untrained else prompt] = -100
         acts = (ids % 3 == 0).long().tolist()  # as datasets have it
-        rows.append({"input_ids": ids, "labels": labels, "importance": 0.5 + number % 3, "acts": acts})
+        logps = (-3 * torch.rand(length, generator=torch.Generator().manual_seed(number))).tolist()
+        columns = {"importance": 0.5 + number % 3, "acts": acts, "reference": logps}
+        rows.append({"input_ids": ids, "labels": labels, **columns})
     return rows
 
 

@@ -12,6 +12,7 @@ from one_step import ROWS, make_model, make_rows, padded
 from axolotl_cvloss.engine.vocabulary import count_labels
 
 MIX = [{"loss": "cross_entropy", "weight": 0.6}, {"loss": "lovasz", "weight": 0.4}]
+BESIDE_A_REFERENCE = [{"loss": "importance_weighted"}, {"loss": "anchored", "weight": 0.5, "coefficient": 0.3}]
 GLOBAL = {"per": "batch", "reduce": "global"}
 # Losses of every family, mixtures of them, and what needs more than a batch.
 OBJECTIVES = {
@@ -40,6 +41,7 @@ OBJECTIVES = {
         {"loss": "unlikelihood", "weight": 0.5, "where": "acts"},
         {"loss": "dice", "weight": 0.4, "where": "acts", "scope": "sequence"},
     ],
+    "reference": BESIDE_A_REFERENCE,
     "mix": MIX,
     "weighted": MIX,
     "examples": MIX,
@@ -51,9 +53,7 @@ OBJECTIVES = {
 # Their sets are those of one micro-batch of all processes, so they come without accumulation.
 OVER_RANKS = {f"global {name}": [{"loss": name, **GLOBAL}] for name in ("dice", "lovasz")}
 # The reference is the model without its adapters, so they come where there are some.
-WITHOUT_ADAPTERS = {
-    "adapter off": [{"loss": "importance_weighted"}, {"loss": "anchored", "weight": 0.5, "coefficient": 0.3}]
-}
+WITHOUT_ADAPTERS = {"adapter off": BESIDE_A_REFERENCE}
 EVERYTHING = {**OBJECTIVES, **OVER_RANKS, **WITHOUT_ADAPTERS}
 MORE = {  # of the key beside the terms
     "weighted": {"example_weights": "importance"},
@@ -61,6 +61,7 @@ MORE = {  # of the key beside the terms
     "square roots": {"examples": {"normalize": "square_root"}},
     "worst": {"examples": {"cvar": 0.4}},
     "reweighted": {"examples": {"normalize": "square_root", "reweight": {"by": "extremes", "warmup": 0}}},
+    "reference": {"reference_logps": "reference"},
     "adapter off": {"reference": "adapter_off"},
 }
 
@@ -154,10 +155,14 @@ def big_batch(case, autocast=False):
         of_batch = weighted_loss if case["name"] == "weighted" else naive_loss
         if "examples" in case["cv_loss"]:
             of_batch = partial(of_examples, case["cv_loss"]["examples"])
+        if case["name"] == "reference":
+            columns = [torch.tensor(row["reference"], dtype=torch.float64) for row in rows]
+            of_batch = partial(loss_beside, torch.nn.utils.rnn.pad_sequence(columns, batch_first=True))
         if case["name"] in WITHOUT_ADAPTERS:
             with torch.no_grad(), model.disable_adapter():
                 base = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
-            of_batch = partial(loss_beside_a_base, base)
+            said = base[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
+            of_batch = partial(loss_beside, torch.nn.functional.pad(said, (1, 0)))
         loss = of_batch(batch, logits.to(torch.float64), terms)
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -189,15 +194,15 @@ def weighted_loss(batch, logits, terms):
     return total
 
 
-def loss_beside_a_base(base, batch, logits, terms):
-    """importance_weighted and anchored, one document after the other."""
+def loss_beside(reference, batch, logits, terms):
+    """importance_weighted and anchored, one document after the other; the reference says a number of each token."""
     weights, coefficient = [term.get("weight", 1.0) for term in terms], terms[1]["coefficient"]
     rows, total = batch.rows(), 0.0
     for number in sorted({document for _, _, document in rows}):
         both = zip(*((at, y) for at, y, document in rows if document == number), strict=True)
         places, targets = (torch.tensor(x) for x in both)
-        logp, p_ref = (z[tuple(places.T)].log_softmax(1)[range(len(targets)), targets] for z in (logits, base))
-        ratio = p_ref - logp
+        logp = logits[tuple(places.T)].log_softmax(1)[range(len(targets)), targets]
+        ratio = reference[places[:, 0], places[:, 1] + 1] - logp
         weighted = -min(16.0, float((-ratio.detach()).mean().exp())) * logp.sum()
         anchored = -logp.exp().detach() * logp + coefficient * (ratio.exp() - 1 - ratio)
         total = total + weights[0] * weighted + weights[1] * anchored.sum()

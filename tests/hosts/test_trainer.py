@@ -149,6 +149,24 @@ def test_accumulation_is_one_big_batch(config, cut, untrained, make_trainer, mak
     assert entry["loss"] == pytest.approx(float(loss), abs=FLOAT32)
 
 
+def test_columns_keep_their_digits_where_inputs_are_cast(make_trainer):
+    """FSDP casts what is not whole among the inputs of the model to the type of its parameters, such as bfloat16."""
+
+    def cast(module, args, given):
+        return args, {k: x.bfloat16() if torch.is_floating_point(x) else x for k, x in given.items()}
+
+    data = [{**row, "third": 1 / 3, "said": [-7.77] * len(row["labels"])} for row in rows(4)]
+    config = {"terms": [{"loss": "anchored"}], "example_weights": "third", "reference_logps": "said"}
+    found = []
+    for hook in None, cast:
+        trainer = make_trainer(config, data, evaluated=data, eval_strategy="steps", eval_steps=1)
+        if hook is not None:
+            trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
+        trainer.train()
+        found.append([trainer.state.log_history[0]["loss"], trainer.state.log_history[1]["eval_loss"]])
+    assert found[0] == found[1]
+
+
 def test_without_the_count_it_stops(make_trainer):
     """The gradient would be the mean of means of micro-batches, which have other numbers of tokens."""
     trainer = make_trainer("focal", rows(8), gradient_accumulation_steps=8, per_device_train_batch_size=1)
