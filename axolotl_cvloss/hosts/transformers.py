@@ -123,6 +123,7 @@ class ObjectiveTrainer(Trainer):
     _cv_checked: int  # the last step of _cv_check
     _cv_virtual_tokens: int
     _cv_trained: Tensor  # rows of the step, on all ranks
+    _cv_counted: list[Rows | None]  # of each micro-batch of the step, until it begins
     _cv_weighed: Weighed
     _cv_pruning: pruning.Pruning | None
 
@@ -166,8 +167,9 @@ class ObjectiveTrainer(Trainer):
         objective = self.cv_loss.objective
         sums = torch.zeros(len(objective.selectors), dtype=torch.float64)
         trained = documents = 0
-        for batch in batch_samples:
-            if (rows := self._cv_rows(batch)) is None:
+        self._cv_counted = [self._cv_rows(batch) for batch in batch_samples]
+        for rows in self._cv_counted:
+            if rows is None:
                 continue  # not the end of it: what follows is done by all processes together
             sums += torch.tensor([rows.masses[selector] for selector in objective.selectors], dtype=torch.float64)
             trained += int(rows.scopes[COMPLETION].sum())
@@ -336,21 +338,22 @@ class ObjectiveTrainer(Trainer):
         """The micro-batches of a step; where documents are weighed by their losses, with the weights as a column."""
         samples, count = super().get_batch_samples(*args, **kwargs)
         objective, self.cv_loss.one_batch = self.cv_loss.objective, len(samples) == 1
+        counted, self._cv_counted = self._cv_counted, []
         examples = objective.config.examples
         if examples is not None and examples.look == "step" and not self.cv_loss.one_batch:
             self.cv_loss.progress = self._cv_progress()
             if objective.weighs(self.cv_loss.progress):
-                self._cv_look(samples)
+                self._cv_look(samples, counted)
         return samples, count
 
-    def _cv_look(self, samples: list[Any]) -> None:
-        """Put the weights of its documents into each of the micro-batches of a step.
+    def _cv_look(self, samples: list[Any], counted: list[Rows | None]) -> None:
+        """Put the weights of its documents into each of the micro-batches of a step, whose rows have been counted.
 
         They come from the losses of the documents of all, on all processes: of one forward pass each without gradient
         and in evaluation mode. A step of one micro-batch needs none of them, as its own pass knows the losses.
         """
         installed, objective = self.cv_loss, self.cv_loss.objective
-        rows = {number: own for number, sample in enumerate(samples) if (own := self._cv_rows(sample)) is not None}
+        rows = {number: own for number, own in enumerate(counted) if own is not None}
         looked: list[Tensor] = []
         installed.looked = looked
         try:

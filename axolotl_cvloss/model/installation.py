@@ -241,6 +241,8 @@ class Installation:
         else:
             outputs, result = both
         if self.model.training and self.pruning is not None:
+            assert result.places is not None
+            assert result.logp is not None
             of_rows = numbers.roll(-1, dims=1) if given["shift"] else numbers
             of_rows = of_rows.flatten()[result.places.to(of_rows.device, non_blocking=True)]
             self.pruning.add(of_rows, result.logp)

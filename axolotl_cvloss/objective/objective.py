@@ -48,7 +48,8 @@ class ObjectiveResult:
         label), where ``objective.diagnose`` asks for them.
     gradients: for each term the norm of the weighted term's gradient in the logits, on a sample of the rows, where that
         was asked for.
-    places, logp: of each trained row its place among the B * T rows of logits, in main memory, and its log p, detached.
+    places, logp: of each trained row its place among the B * T rows of logits, in main memory, and its log p, detached;
+        None unless the key has ``prune``.
     aux_loss: what an installed model adds of its own (load balancing of experts), as it is added, detached.
     """
 
@@ -63,8 +64,8 @@ class ObjectiveResult:
     sets: dict[str, SetCounts] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    logp: Tensor = field(default_factory=lambda: torch.zeros(0))
+    places: Tensor | None = None
+    logp: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
@@ -428,10 +429,8 @@ class Objective:
         return found
 
     def _result(self, outcome: Outcome, batch: Batch, gradients: dict[str, Tensor]) -> ObjectiveResult:
-        trained = batch.host.scopes[COMPLETION].nonzero().squeeze(1)
-        logp = batch.statistics["logp"].detach()
         counts, masses = batch.counts, batch.host.masses
-        return ObjectiveResult(
+        result = ObjectiveResult(
             loss=outcome.loss,
             terms={term.name: outcome.means[term.name] for term in self.terms},
             nll=outcome.nll,
@@ -443,9 +442,12 @@ class Objective:
             sets=outcome.sets,
             diagnostics=outcome.diagnostics,
             gradients=gradients,
-            places=batch.host.index[trained],
-            logp=logp if len(trained) == len(logp) else logp[trained.to(logp.device, non_blocking=True)],
         )
+        if self.config.prune is not None:
+            trained, logp = batch.host.scopes[COMPLETION].nonzero().squeeze(1), batch.statistics["logp"].detach()
+            result.places = batch.host.index[trained]
+            result.logp = logp[trained.to(logp.device, non_blocking=True)]
+        return result
 
 
 def _of_hidden(
