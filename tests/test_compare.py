@@ -166,6 +166,16 @@ def test_a_choice_that_moved_counts_when_its_seeds_are_there(lines):
     assert (gain.rate, gain.not_chosen) == (1e-3, False)
 
 
+def test_a_choice_that_is_not_complete_goes_by_the_seeds_of_all_rates(lines):
+    """The second seed has been run with one of the rates, so the first alone counts, in whatever order they came."""
+    choice = [line("gain", 0, "1100", stage="choice", rate=rate, nll=nll) for rate, nll in ((1e-3, 0.4), (3e-3, 0.5))]
+    more = line("gain", 1, "0000", stage="choice", rate=1e-3, nll=9.0)
+    assert plan.choose_rate([more, *choice]) == 1e-3
+    both = [*choice, more, line("gain", 1, "1100", stage="choice", rate=3e-3, nll=0.1)]
+    assert plan.choose_rate(both) == plan.choose_rate(both[::-1]) == 3e-3
+    assert plan.choose_rate([choice[1], more]) == 3e-3  # no seed in common: by NLL
+
+
 def line(objective, seed, examples, stage="final", rate=1e-3, nll=0.5, **more):
     mean = sum(map(int, examples)) / len(examples)
     return {
@@ -248,9 +258,17 @@ def test_one_seed_decides_nothing(lines, tmp_path):
     report.summarize(one, tmp_path)
 
 
-def test_a_screen_has_the_table_of_rates_alone(lines, tmp_path):
-    text = report.summarize([each for each in lines if each["stage"] == "choice"], tmp_path)
-    assert "| gain | 50.0 / 0.0010 | 50.0 / 0.0030 |" in text
+def test_a_screen_has_the_tables_of_the_choice_alone(lines, tmp_path):
+    screen = [each for each in lines if each["stage"] == "choice"]
+    screen += [line("gain", 1, "1110", stage="choice", rate=1e-3, nll=1e-3)]
+    screen += [line("cross_entropy", 1, "1000", stage="choice", rate=1e-3, nll=1e-3)]
+    text = report.summarize(screen, tmp_path)
+    assert "| gain | 62.5 / 0.0010 | 50.0 / 0.0030 |" in text
+    rows = [row.split(" | ") for row in text.splitlines() if " | 0.001 | " in row]
+    # The best first, each at the rate of its choice.
+    assert [row[0] for row in rows[:3]] == ["| gain", "| luck", "| cross_entropy"]
+    assert [row[4] for row in rows[:3]] == ["+0.0, +50.0", "+0.0", ""]
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md"}
 
 
 def test_steps_that_differ_are_no_fair_comparison(lines):

@@ -31,6 +31,9 @@ def test_the_lines_are_of_one_fair_comparison(folder):
     assert len(runs) == len(set(runs))
     seeds = {stage: {line["seed"] for line in lines if line["stage"] == stage} for stage in ("choice", "final")}
     assert not seeds["choice"] & seeds["final"]  # the final runs are fresh
+    beside = EVIDENCE / "results" / folder.name.removesuffix("_kept_back") / "runs.jsonl"
+    if beside.parent != folder:  # and so are those on data that are kept back
+        assert not seeds["final"] & {line["seed"] for line in read_lines(beside)}
     rates = {line["objective"]: set() for line in lines}
     for line in lines:
         if line["stage"] == "choice":
@@ -38,21 +41,104 @@ def test_the_lines_are_of_one_fair_comparison(folder):
     assert len({frozenset(found) for found in rates.values()}) == 1  # the same rates for all
 
 
-def test_the_page_is_written_from_the_lines(monkeypatch):
+@pytest.fixture
+def page(monkeypatch):
     monkeypatch.syspath_prepend(str(EVIDENCE))
     import page
 
-    assert page.PAGE.read_text() == page.page()
+    yield page
     sys.modules.pop("page")
+
+
+def test_the_page_is_written_from_the_lines(page):
+    assert page.PAGE.read_text() == page.page()
+
+
+def test_every_folder_of_lines_is_on_the_page(page):
+    assert {folder.name for folder in FOLDERS} <= {f"{task}{end}" for task in page.TASKS for end in page.FOLDERS}
+
+
+def change(lines, **more):
+    return [{**line, **more} for line in lines]
+
+
+def of_two(task):
+    lines = read_lines(EVIDENCE / "results" / task / "runs.jsonl")
+    return [line for line in lines if line["objective"] in ("cross_entropy", "topk_cross_entropy")]
+
+
+def write(page, monkeypatch, tmp_path, **folders):
+    """The page of other lines."""
+    for name, lines in folders.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(page, "results", tmp_path.__truediv__)
+    return page.page()
+
+
+def test_what_is_decided_follows_the_lines(page, monkeypatch, tmp_path):
+    """The same lines, said to be of the word problems and complete, then without the choice of one seed."""
+    lines = of_two("slots")
+    choice = [line for line in lines if line["stage"] == "choice"]
+    lines += [line for seed in (9, 10) for line in change(choice, seed=seed)]
+    assert "Nothing is decided here yet" not in write(page, monkeypatch, tmp_path / "all", problems=lines)
+    some = [line for line in lines if line["seed"] != 10]
+    text = write(page, monkeypatch, tmp_path / "some", problems=some)
+    assert f"the seeds 0, 9, 10, and {len(choice)} of its {3 * len(choice)} runs are missing" in text
+
+
+def test_kept_back_and_screen_are_on_the_page(page, monkeypatch, tmp_path):
+    lines = of_two("slots")
+    finals = [line for line in lines if line["stage"] == "final"]
+    base = {line["seed"]: line for line in finals if line["objective"] == "cross_entropy" and line["rate"] == 0.003}
+    again = [line for line in finals if line["rate"] == 0.003]
+    screen = [line for line in lines if line["stage"] == "choice" and line["rate"] == 0.003]
+    text = write(page, monkeypatch, tmp_path / "better", slots=lines, slots_kept_back=again, slots_screen=screen)
+    assert "That topk_cross_entropy is better than cross_entropy is confirmed." in text
+    mean = sum(line["scores"]["exact_match"] for line in base.values()) / len(base)
+    assert f"has {100 * mean:.1f} % at 0.003 and " in text
+    best = next(row for row in text.split("#### exact match on the validation rows")[1].splitlines() if "0.003" in row)
+    assert best.startswith("| topk_cross_entropy | 0.003 | 1 | 55.1 | +7.4 |")
+    # With nothing but the baseline's lines under another name the gain is gone.
+    same = [*base.values(), *change(base.values(), objective="topk_cross_entropy")]
+    text = write(page, monkeypatch, tmp_path / "same", slots=lines, slots_kept_back=same)
+    assert "That topk_cross_entropy is better than cross_entropy is not confirmed." in text
 
 
 def test_the_screen_has_every_loss_that_next_token_data_can_train():
     objectives = yaml.safe_load((EVIDENCE / "screen.yaml").read_text())
     terms = [CVLossConfig.parse(value).terms for value in objectives.values()]
-    assert all(sum(term.weight for term in both) == pytest.approx(1) for both in terms)
+    assert all(sum(term.weight for term in both) == pytest.approx(1) for both in terms if not both[1].schedules)
     screened = {(term.loss, term.weight) for both in terms for term in both[1:]}
     left_out = {"anchored", "prior_weighted", "importance_weighted", "unlikelihood"}
     wanted = {name for name, loss in available_losses().items() if loss.kind.name != "number"} - left_out
     assert {(name, weight) for name in wanted for weight in (0.2, 0.4)} <= screened
     by_batch = {both[1].loss for both in terms if both[1].per == "batch"}
     assert by_batch >= {n for n in wanted if available_losses()[n].kind.name in ("region", "ranking")}
+
+
+def test_what_is_said_of_the_pull_of_losses(page):
+    """The sentences of the page, in figures."""
+    of = {}
+    for text in page.EXPLAIN.read_text().splitlines():
+        line = json.loads(text)
+        of.setdefault((line["task"], line["step"] / line["steps"]), {})[line["loss"]] = line
+    plain = "cross_entropy"
+    for (task, done), at in of.items():
+        focal, topk = at["focal"], at["topk_cross_entropy"]
+        assert focal["pull_on_hard"] >= at[plain]["pull_on_hard"]
+        if done >= 0.5:
+            assert focal["pull_on_hard"] > topk["pull_on_hard"]
+            assert topk["cosine_weights"] > 0.85
+            assert 2.5 < topk["norm_weights"] < 4.5
+            for loss in ("lovasz", "generalized_dice", "self_adjusting_dice"):
+                assert page._share(at[loss]) < 1 / 3
+                assert at[loss]["pull_on_easy"] > at[plain]["pull_on_easy"]
+                assert at[loss]["cosine_weights"] < 0.85
+        if done <= 0.1:
+            assert at[plain]["easy"] == 0
+            assert topk["cosine_weights"] < 0.5 < 0.95 < focal["cosine_weights"]
+            if task == "slots":
+                assert all(
+                    page._share(at[loss]) < 0.02 for loss in ("lovasz", "generalized_dice", "self_adjusting_dice")
+                )

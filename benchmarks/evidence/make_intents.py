@@ -1,11 +1,12 @@
 """The intents of SNIPS with a long tail: a sentence in, one of seven names out, of which the rarest is seen 15 times.
 
-python benchmarks/evidence/make_intents.py DATA [--out outputs/evidence/intents] [--kept-back]
+python benchmarks/evidence/make_intents.py DATA [--model NAME] [--out outputs/evidence/intents] [--kept-back]
 
 DATA as in make_slots.py, with the field intent. Training rows are cut down to 1500, 696, 323, 150, 70, 32 and 15 of the
 seven intents in the order of their names, 1 : 100 from the first to the last. The test set is dev and test together,
 nearly 200 of each, so that rare intents count as much as frequent ones. With --kept-back it is of the training file,
-200 of each from its end, and the training rows come from before.
+200 of each from its end, and the training rows come from before. With --model a pretrained model is saved beside them,
+and the sentences are prompts in words; without it, a small untrained one with a token a word.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from make_slots import Row, build_model, build_tokenizer, rows_of, unseen
-from saving import save_model, save_rows
+from saving import save_model, save_pretrained, save_rows
 
 MOST, RATIO = 1500, 100
 KEPT_BACK = 200  # of each intent
@@ -36,9 +37,14 @@ def example(row: Row) -> dict[str, str]:
     return {"prompt": " ".join([*row["words"], "_"]), "completion": " " + row["intent"]}
 
 
+def example_in_words(row: Row) -> dict[str, str]:
+    return {"prompt": f"Sentence: {' '.join(row['words'])}\nIntent:", "completion": f" {row['intent']}"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--model", help="a name of the hub or a folder")
     parser.add_argument("--out", type=Path, default=Path("outputs/evidence/intents"))
     parser.add_argument("--kept-back", action="store_true")
     args = parser.parse_args()
@@ -48,9 +54,13 @@ def main() -> None:
     training = cut(whole, tail)
     if args.kept_back:
         test = unseen(cut(reversed(whole), dict.fromkeys(intents, KEPT_BACK)), training)
-    save_rows(args.out, train=map(example, training), test=map(example, test))
+    of_row = example_in_words if args.model else example
+    save_rows(args.out, train=map(of_row, training), test=map(of_row, test))
     for name, rows in (("train", training), ("test", test)):
         print(f"{name}: {dict(Counter(row['intent'] for row in rows).most_common())}")
+    if args.model:
+        save_pretrained(args.out, args.model)
+        return
     tokenizer = build_tokenizer([{"words": row["words"], "tags": [row["intent"]]} for row in training])
     save_model(args.out, tokenizer, build_model(tokenizer))
 

@@ -38,8 +38,7 @@ def score(prediction: str, reference: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from saving import save_model, save_rows
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from saving import save_pretrained, save_rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -55,8 +54,7 @@ def main() -> None:
     if args.kept_back:
         test = rows("train")[-TEST:]
     save_rows(args.out, train=map(example, training), test=map(example, test))
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-    save_model(args.out, AutoTokenizer.from_pretrained(args.model), model)
+    save_pretrained(args.out, args.model)
 
 
 if __name__ == "__main__":

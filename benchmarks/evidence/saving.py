@@ -18,3 +18,10 @@ def save_model(out: Path, tokenizer: Any, model: Any) -> None:
     tokenizer.save_pretrained(out / "model")
     model.save_pretrained(out / "model")
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} weights")
+
+
+def save_pretrained(out: Path, name: str) -> None:
+    """A model of the hub or of a folder, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_model(out, AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype="float32"))

@@ -162,14 +162,19 @@ def choose_rate(lines: Sequence[Line]) -> float:
     by more than twice the standard error of the difference, over the rows that both have answered. Among the others
     the lowest validation NLL decides, which few rows measure better than they do a score. NLL alone would favour the
     rates that cross-entropy likes, and the score alone the luck of the rows. A NaN, of a training that diverged, is
-    the worst NLL there is.
+    the worst NLL there is. While not all rates have been run with all seeds, those count that all rates have.
     """
-    by_rate: dict[float, list[Line]] = {}
+    seeds: dict[float, set[int]] = {}
     for line in lines:
-        by_rate.setdefault(line["rate"], []).append(line)
+        seeds.setdefault(line["rate"], set()).add(line["seed"])
+    shared = set.intersection(*seeds.values())
+    by_rate: dict[float, list[Line]] = {rate: [] for rate in seeds}
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        if line["seed"] in shared or not shared:
+            by_rate[line["rate"]].append(line)
     values = {rate: [v for line in found for v in examples_of(line)] for rate, found in by_rate.items()}
     equal = list(by_rate)
-    if all(values.values()):
+    if shared and all(values.values()):
         best = max(equal, key=lambda rate: sum(values[rate]) / len(values[rate]))
         equal = [rate for rate in equal if not _behind(values[rate], values[best])]
 

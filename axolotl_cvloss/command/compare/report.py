@@ -22,6 +22,11 @@ READING = (
     "both seeds and examples again leaves out 0. Everything else is not decided, which does not say that it is equal."
 )
 
+SCREEN = (
+    "Nothing is decided by a screen: the best of many objectives on the rows that sort them is the best by luck, too. "
+    "It says what to confirm, with fresh seeds and other rows."
+)
+
 
 @dataclass
 class Row:
@@ -149,6 +154,10 @@ def _factor(metric: str) -> float:
     return 1 if metric == NLL else 100
 
 
+def _unit(metric: str) -> str:
+    return "" if metric == NLL else ", %"
+
+
 def _number(metric: str, value: float, error: float | None = None, sign: str = "") -> str:
     digits, factor = (4, 1) if metric == NLL else (1, 100)
     return f"{factor * value:{sign}.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
@@ -169,7 +178,7 @@ def _p(p: float | None) -> str:
 def tables(found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Headers and cells of each table, by its heading."""
     main = found.metric
-    unit = "" if main == NLL else ", %"
+    unit = _unit(main)
     header = ["objective", "rate", "seeds", f"validation {title(main)}{unit}", f"{title(main)}{unit}"]
     header += [f"minus {BASELINE}", "examples drawn again", "seeds too", "p (Holm)", "against " + BASELINE]
     rows = []
@@ -233,6 +242,35 @@ def choice_table(lines: Sequence[Line]) -> dict[str, tuple[list[str], list[list[
     }
 
 
+def ranking(lines: Sequence[Line]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """A screen: every objective at the rate of its choice on the validation rows, the best first, by the heading.
+
+    Beside the means over the choice seeds stand the differences from the baseline of each seed that both have.
+    """
+    runs: dict[str, dict[int, Line]] = {}
+    for name in dict.fromkeys(line["objective"] for line in lines):
+        choice = [line for line in lines if line["objective"] == name and line["stage"] == "choice"]
+        if choice:
+            rate = choose_rate(choice)
+            runs[name] = {line["seed"]: line for line in choice if line["rate"] == rate}
+    if not runs:
+        return {}
+    metrics = list(metrics_of(lines[0]))
+    main, base = metrics[0], runs.get(BASELINE, {})
+    means = {name: _means([metrics_of(line) for line in own.values()]) for name, own in runs.items()}
+    header = ["objective", "rate", "seeds", f"{title(main)}{_unit(main)}", f"minus {BASELINE}, by seed"]
+    rows = []
+    for name in sorted(runs, key=lambda name: means[name][main], reverse=main != NLL):
+        own = runs[name]
+        seeds = sorted(own.keys() & base.keys()) if name != BASELINE else []
+        differences = [metrics_of(own[seed])[main] - metrics_of(base[seed])[main] for seed in seeds]
+        rate = next(iter(own.values()))["rate"]
+        cells = [name, f"{rate:g}", str(len(own)), _number(main, means[name][main])]
+        cells.append(", ".join(_number(main, difference, sign="+") for difference in differences))
+        rows.append([*cells, *(_number(metric, means[name][metric]) for metric in metrics[1:])])
+    return {f"{title(main)} on the validation rows": ([*header, *map(title, metrics[1:])], rows)}
+
+
 def headline(found: Summary) -> str:
     """What is decided, in one sentence."""
     compared = [row for row in found.rows if row.difference]
@@ -277,16 +315,17 @@ def _seeds(lines: Sequence[Line]) -> str:
 
 def markdown(found: Summary) -> str:
     text = [headline(found), ""] if headline(found) else []
-    text += _markdown(tables(found))
+    text += markdown_of(tables(found))
     text += [" ".join(facts(found)).replace("*", "\\*"), "", RULE, "", READING]
     text += ["", "Means ± standard errors over seeds; differences are of the same seeds.", ""]
     return "\n".join(text)
 
 
-def _markdown(made: dict[str, tuple[list[str], list[list[str]]]]) -> list[str]:
+def markdown_of(made: dict[str, tuple[list[str], list[list[str]]]], level: int = 3) -> list[str]:
+    """Lines of text: headings of this level, and the tables."""
     text = []
     for heading, (header, rows) in made.items():
-        text += [f"### {heading}", ""]
+        text += [f"{'#' * level} {heading}", ""]
         text += [_line(header), _line(["---", *["---:"] * (len(header) - 1)]), *map(_line, rows), ""]
     return text
 
@@ -309,7 +348,8 @@ def forest(found: Summary) -> str:
     for place, row in enumerate(rows):
         test, color = row.difference, colors.get(row.verdict, "C0")
         assert test is not None
-        axis.plot([factor * d for d in row.differences], [place] * len(row.differences), "o", color="0.75", ms=4)
+        # Below the intervals, which would cover them.
+        axis.plot([factor * d for d in row.differences], [place + 0.25] * len(row.differences), "o", color="0.6", ms=4)
         if row.across is not None:
             axis.plot([factor * end for end in row.across], [place] * 2, color=color, lw=1, alpha=0.8)
         if test.low is not None and test.high is not None:
@@ -317,7 +357,9 @@ def forest(found: Summary) -> str:
         axis.plot(factor * test.mean, place, "D", color=color, ms=6)
     axis.axvline(0, color="0.3", lw=0.8)
     axis.set(yticks=range(len(rows)), yticklabels=[f"{row.name}: {row.verdict}" for row in rows])
-    axis.set_xlabel(f"{title(found.metric)} minus that of {BASELINE}" + (", points" if factor == 100 else ""))
+    better = "right" if found.higher_is_better else "left"
+    points = ", points" if factor == 100 else ""
+    axis.set_xlabel(f"{title(found.metric)} minus that of {BASELINE}{points} ({better}: better)")
     axis.set_title(
         "diamond: mean; dots: seeds; 95% intervals,\nthick: t-test over seeds, thin: bootstrap over seeds and examples",
         fontsize="small",
@@ -356,7 +398,9 @@ def summarize(lines: Sequence[Line], out: Path) -> str:
     """Write table.md, forest.svg and report.html beside runs.jsonl; the text of the table."""
     found = summary(lines)
     if found is None:  # a screen, without final seeds
-        text = "\n".join([*_markdown(choice_table(lines)), RULE, ""])
+        several = len({line["rate"] for line in lines}) > 1
+        made = ranking(lines) | (choice_table(lines) if several else {})
+        text = "\n".join([*markdown_of(made), *([RULE, ""] if several else []), SCREEN, ""])
         (out / "table.md").write_text(text, encoding="utf-8")
         return text
     text = markdown(found)
