@@ -29,7 +29,7 @@ MIXES = {
 FAMILIES = MIXES | {
     "smoothed": {"cross_entropy": {"weight": 1.0, "label_smoothing": 0.1}},
     "document": {"focal_tversky": 0.5, "topk_cross_entropy": 0.5},
-    "row": {"gem": 1.0},
+    "gem": {"gem": 1.0},
 }
 LLAMA_1B = {  # of the shape of Llama-3.2-1B
     "vocab_size": 128256,

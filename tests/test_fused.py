@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import DEVICE, KNOWN
+from helpers import DEVICE, KNOWN, temporary_losses
 
-from axolotl_cvloss import Objective
+from axolotl_cvloss import Objective, register_loss
 from axolotl_cvloss.engine import batch as engine_batch
 from axolotl_cvloss.engine import sources, views
 
@@ -148,7 +148,8 @@ def test_the_value_of_a_term_is_the_same_to_the_bit_whatever_stands_beside_it(mo
         ("off", "focal", torch.float32, "CVLOSS_KERNELS=off"),
         ("on", "focal", torch.float16, "products in float16"),
         ("on", "focal", torch.float64, "products in float64"),
-        ("on", "sparsemax", torch.float32, "sparsemax needs all logits"),
+        ("on", "sparsemax", torch.float32, "sparsemax needs sparse_max"),
+        ("on", "gem", torch.float32, "gem needs tempered_lead"),
         ("on", {"cross_entropy": {"label_smoothing": 0.1}}, torch.float32, ""),
         *(("on", KEYS[key], torch.float32, "") for key in KEYS if key != "numbers"),
         ("on", "sed", torch.float32, "sed needs top_mass"),
@@ -167,6 +168,16 @@ def test_the_log_says_once_which_path_runs_and_why(monkeypatch, caplog, wish, ke
         evaluate(key, inputs(dtype), dtype, 1.0, None, diagnose=False)
     (said,) = [record.message for record in caplog.records if "logits are computed" in record.message]
     assert said.endswith(reason) if reason else said == "cv_loss: logits are computed by Triton kernels"
+
+
+def test_a_family_that_the_kernels_do_not_serve(monkeypatch, caplog):
+    monkeypatch.setenv(views.ENVIRONMENT, "on")
+    views._say.cache_clear()
+    caplog.set_level(logging.INFO)
+    with temporary_losses():
+        register_loss("mine", family="row")(lambda logits, labels: logits.square().mean(1))
+        evaluate("mine", inputs(torch.float32), torch.float32, 1.0, None)
+    assert "PyTorch: mine needs all logits" in caplog.text
 
 
 def test_a_statistic_that_the_kernels_have_not(monkeypatch, caplog):

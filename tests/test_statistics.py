@@ -23,6 +23,11 @@ DEFINITIONS = {
     "other_squares": lambda z, y, a: (z**2).sum(1) - z[torch.arange(len(z)), y] ** 2,
     "target_logit": lambda z, y, a: z[torch.arange(len(z)), y],
     "tempered_odds": lambda z, y, a: odds_at(z, y, a),
+    "tempered_lead": lambda z, y, a: ((z.detach() / a).softmax(1) * z).sum(1) - z[torch.arange(len(z)), y],
+    "sparse_depth": lambda z, y, a: z.detach().amax(1) - (z - projected(z)).detach().amax(1),
+    "sparse_max": lambda z, y, a: (
+        (projected(z) * z).sum(1) - (projected(z) ** 2).sum(1) / 2 - z[torch.arange(len(z)), y]
+    ),
     "own_temperature": lambda z, y, a: temperature_of(z, *a),
     "own_tempered_odds": lambda z, y, a: odds_at(z, y, temperature_of(z, *a)[:, None]),
     "other_powers": lambda z, y, a: (others_of(z, y, z.softmax(1) ** a * z.log_softmax(1))).sum(1),
@@ -35,6 +40,7 @@ DEFINITIONS = {
 }
 PARAMETERS = {
     "tempered_odds": 1.7,
+    "tempered_lead": 1.7,
     "own_temperature": (0.8, 1.5),
     "own_tempered_odds": (0.8, 1.5),
     "other_powers": 1.3,
@@ -48,7 +54,24 @@ def entropy_of(z):
     return -(z.softmax(1) * z.log_softmax(1)).sum(1)
 
 
-PULLED = ["entropy", "collision", "tempered_odds", "own_tempered_odds", "variance", "height", "other_powers"]
+PULLED = [
+    *("entropy", "collision", "tempered_odds", "own_tempered_odds", "variance", "height", "other_powers"),
+    *("tempered_lead", "sparse_max"),
+]
+
+
+def projected(z):
+    """The distribution nearest to each row, by bisection of what is taken from all logits; a constant.
+
+    <q, z> - |q|^2 / 2 is largest at it, so that q may count as one.
+    """
+    z = z.detach()
+    low, high = z.amax(1, keepdim=True) - 1, z.amax(1, keepdim=True)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (z - middle).clamp_min(0).sum(1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (z - low).clamp_min(0)
 
 
 def others_of(z, y, x):
@@ -93,7 +116,7 @@ def registered(name):
 
 
 @pytest.mark.parametrize("rows", [2, 100])
-@pytest.mark.parametrize("others", [{}, {"lovasz": 0.5}, {"dice": 0.2, "gem": 0.3}], ids=str)
+@pytest.mark.parametrize("others", [{}, {"lovasz": 0.5}, {"dice": 0.2, "by_autograd": 0.3}], ids=str)
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_value_and_gradient(name, others, rows, monkeypatch):
     """Fused, in chunks, beside families of two visits and of autograd, with a trained head and with a frozen one."""
@@ -105,6 +128,7 @@ def test_value_and_gradient(name, others, rows, monkeypatch):
     hidden.requires_grad_()
     with temporary_losses():
         weighted = registered(name)
+        register_loss("by_autograd", family="row")(lambda logits, labels: logits.square().mean(1))
         objective = Objective.from_config({"mine": 0.7, **others})
         for trained in (True, False):
             wanted = (hidden, weight.requires_grad_()) if trained else (hidden,)

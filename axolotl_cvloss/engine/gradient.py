@@ -10,7 +10,7 @@ from torch import Tensor
 from .numerics import one_minus_exp
 from .sets import Window
 from .statistics import FACTORED, Block, Key, blocks, named
-from .views import FusedView
+from .views import FusedView, View
 
 
 @dataclass
@@ -30,29 +30,28 @@ class LogitGradient:
     mean: Tensor | None = None
     dense: Tensor | None = None
     view: FusedView | None = None  # has p, in place of it, and adds what follows
-    more: Mapping[Key, Tensor] = field(default_factory=dict)  # cotangents of other statistics that are not in p
+    more: Mapping[Key, Tensor] = field(default_factory=dict)  # what matrices of statistics that are not in p count
     values: Mapping[Key, Tensor] = field(default_factory=dict)  # of the rows
 
     @classmethod
     def build(
         cls,
-        p: Tensor | None,
-        logp: Tensor,
+        view: View | None,
         labels: Tensor,
         cotangents: Mapping[Key, Tensor],
         columns: list[tuple[Window, Tensor]],
-        z: Tensor | None = None,
-        values: Mapping[Key, Tensor] | None = None,
+        values: Mapping[Key, Tensor],
     ) -> "LogitGradient":
         """From the cotangents a of log p, l of lse, m of the mean logit, k of the mean log p, and b of p at columns:
 
         dz = a (onehot - p) + l p + m / V + k (1 / V - p) + p (b - <b, p>); ``columns`` has p b for the columns of
-        windows. Further cotangents are of other statistics; the ``values`` of all and the largest logits, and the
-        logits z where some are collected from these, are needed then. p and ``columns`` are overwritten.
+        windows. Further cotangents are of other statistics. ``values`` has log p, the largest logits and their log p,
+        and all statistics. What the view has and ``columns`` are overwritten.
         """
         # (pull + own column) (1 - p) + rest p at the target, pull + own column + rest elsewhere: no difference of
         # large numbers, and 1 - p from log p.
-        pull, rest = cotangents["logp"], cotangents["lse"]
+        zero, logp = torch.zeros_like(values["logp"]), values["logp"]
+        pull, rest = cotangents.get("logp", zero), cotangents.get("lse", zero)
         mean = cotangents.get("mean_logit")
         if (mean_logp := cotangents.get("mean_logp")) is not None:
             rest = rest - mean_logp
@@ -63,17 +62,24 @@ class LogitGradient:
             weighted.scatter_(1, own_column, 0)
             rest = rest - weighted.sum(1)
         slope, own = rest - pull, pull * one_minus_exp(logp) + rest * logp.exp()
-        more = {key: cotangent for key, cotangent in cotangents.items() if key not in FACTORED}
-        known = {**(values or {}), "logp": logp}
-        if more:
-            block = _of_rows(labels, known)
-            own = _with_others(own, block, more)
-            slope = slope if p is None else _bend(p, z, block, slope, more)
-        if p is not None:
-            more = {}
-            p.scatter_(1, labels[:, None], 0)
+        of_rows, times = _of_rows(labels, values), {}
+        wants_p = bool(columns) or not cotangents.keys().isdisjoint(("logp", "lse", "mean_logp"))
+        for key, cotangent in cotangents.items():
+            if key in FACTORED:
+                continue
+            statistic, parameter = named(key)
+            if statistic.own is not None:
+                own = own + cotangent * statistic.own(of_rows, parameter).squeeze(1)
+            if statistic.slope is not None:
+                slope, wants_p = slope + cotangent * statistic.slope(of_rows, parameter).squeeze(1), True
+            if statistic.pull is not None:
+                times[key] = (cotangent[:, None] * statistic.times(of_rows, parameter)).squeeze(1)
         found = [(window.columns, weighted) for window, weighted in columns]
-        return cls(p, slope, labels, own, found, mean, more=more, values=known)
+        if view is None or isinstance(view, FusedView):
+            return cls(None, slope, labels, own, found, mean, view=view, more=times, values=values)
+        if times or view.p is None:
+            slope = _bend(view, of_rows, slope if wants_p else None, times)
+        return cls(view.z.scatter_(1, labels[:, None], 0), slope, labels, own, found, mean)
 
     def scaled(self, factor: float) -> "LogitGradient":
         if factor == 1:
@@ -144,55 +150,44 @@ class LogitGradient:
         return total
 
 
-def _with_others(own: Tensor, of_rows: Block, cotangents: Mapping[Key, Tensor]) -> Tensor:
-    """The gradient at the target, with what further statistics add to it."""
-    for key, cotangent in cotangents.items():
-        statistic, parameter = named(key)
-        if statistic.own is not None:
-            own = own + cotangent * statistic.own(of_rows, parameter).squeeze(1)
-    return own
-
-
 def _of_rows(labels: Tensor, values: Mapping[Key, Tensor]) -> Block:
     """A block for what takes no more than the statistics of rows."""
     columns = {key: x[:, None] for key, x in values.items()}
     return Block(labels, columns["largest"], labels, labels, columns)
 
 
-def _bend(
-    p: Tensor,
-    z: Tensor | None,
-    of_rows: Block,
-    slope: Tensor,
-    cotangents: Mapping[Key, Tensor],
-) -> Tensor:
-    """Put what further statistics add to the gradient into p, by rows in a unit of their own; the new slope."""
-    pulled: dict[str, list[tuple[Key, Tensor]]] = {"z": [], "p": []}
-    for key, cotangent in cotangents.items():
-        statistic, parameter = named(key)
-        if statistic.pull is not None:
-            times = cotangent[:, None] * statistic.times(of_rows, parameter)
-            pulled[statistic.of].append((key, times))
-    every = [times.abs() for found in pulled.values() for _, times in found]
-    if not every:
-        return slope
-    unit = sum(every, slope.abs()[:, None]).clamp_min(torch.finfo(p.dtype).tiny)
-    parts = {of: [(key, times / unit) for key, times in found] for of, found in pulled.items()}
+def _bend(view: View, of_rows: Block, slope: Tensor | None, times: Mapping[Key, Tensor]) -> Tensor:
+    """Put what statistics add to the gradient into the place of p, by rows in a unit of their own; the new slope.
+
+    Args:
+        slope: (n,), of p; None: p is not needed.
+        times: (n,), what the matrices of statistics count.
+    """
+    parts = ([] if slope is None else [slope.abs()]) + [factor.abs() for factor in times.values()]
+    unit = sum(parts, torch.zeros_like(of_rows.largest.squeeze(1))).clamp_min(torch.finfo(view.z.dtype).tiny)
+    share = {key: (factor / unit)[:, None] for key, factor in times.items()}
     rooms: list[Tensor] = []
-    for rows in blocks(p):
+    for rows in blocks(view.z):
         here = {key: x[rows] for key, x in of_rows.values.items()}
-        block = Block(
-            of_rows.labels[rows], here["largest"], p[rows] if z is None else z[rows], p[rows], here, rooms=rooms
-        )
-        # Of the logits first, as they may look at p.
-        matrices, factors = ([(_pulled(block, key), times[rows]) for key, times in parts[of]] for of in ("z", "p"))
-        factor = (slope[:, None] / unit)[rows]
-        for matrix, times in factors:
-            factor = torch.addcmul(factor, matrix, times, out=matrix)
-        block.p.mul_(factor)
-        for matrix, times in matrices:
-            block.p.addcmul_(matrix, times)
-    return unit.squeeze(1)
+        place = view.z[rows]
+        block = Block(of_rows.labels[rows], here["largest"], place, place, here, rooms=rooms)
+        if slope is not None and view.p is None:
+            block.p = torch.softmax(place, 1, out=block.room())
+        matrices = {key: _pulled(block, key) for key in share}
+        others = [(matrix, share[key][rows]) for key, matrix in matrices.items() if not named(key)[0].over_p]
+        total: Tensor | None = None
+        if slope is not None:
+            factor = (slope / unit)[rows, None]
+            for key, matrix in matrices.items():
+                if named(key)[0].over_p:
+                    factor = torch.addcmul(factor, matrix, share[key][rows], out=block.room())
+            total = torch.mul(block.p, factor, out=block.p if others else place)
+        for number, (matrix, ours) in enumerate(others, start=1):
+            out = place if number == len(others) else matrix
+            total = torch.mul(matrix, ours, out=out) if total is None else torch.addcmul(total, matrix, ours, out=out)
+        if total is None:
+            place.zero_()
+    return unit
 
 
 def _pulled(block: Block, key: Key) -> Tensor:

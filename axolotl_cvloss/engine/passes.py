@@ -20,9 +20,9 @@ from .gradient import LogitGradient, cotangents_or_none
 from .rows import COMPLETION
 from .sets import SetCounts, Window
 from .sources import LogitSource
-from .statistics import FACTORED, STATISTICS, Key, blocks, collect, named, with_others
+from .statistics import FACTORED, STATISTICS, Key, named, with_others
 from .terms import Term
-from .views import FusedView, View, scale_
+from .views import View, scale_
 
 
 @dataclass
@@ -130,14 +130,13 @@ class _Pass:
             t.key(name) for found in families.values() for t in found for name in STATISTICS if t.needs(name)
         )
         self.pulled = [key for key in asked if named(key)[0].pull]
-        self.keeps_z = any(named(key)[0].of == "z" for key in self.pulled)
+        self.keeps_z = gradient and not all(named(key)[0].over_p for key in self.pulled)
         self.terms = [t for found in families.values() for t in found]
         self.collected = list(dict.fromkeys([*asked, *(DIAGNOSTICS if diagnose else ())]))
         batch.statistics = {name: zeros.clone() for name in ("logp", "lse", *self.collected)}
         batch.statistics |= {name: values.to(source.dtype) for name, values in known.items()}
         batch.gradient, batch.p_at = gradient, self.p_at
         self.largest, self.top = zeros.clone(), zeros.clone()  # largest logits and their log p
-        self._z: Tensor | None = None
         self.diagnose = diagnose
         self.parts: list[Part] = [family.part(found, batch) for family, found in families.items()]
 
@@ -160,8 +159,7 @@ class _Pass:
 
     def _in_two_visits(self) -> None:
         chunks, revisits = self.batch.chunks, any(part.revisits for part in self.parts)
-        revisits = revisits or self.keeps_z
-        mixes = self.gradient and self.source.mixes and not revisits
+        mixes = self.gradient and self.source.mixes and not revisits and not self.keeps_z
         kept: dict[int, View] = {}
         for chunk in chunks:
             view = self._visit(chunk, gradient=False)
@@ -201,41 +199,21 @@ class _Pass:
 
     def _visit(self, chunk: Chunk, gradient: bool) -> View:
         """A chunk with its p, which the parts have seen, and its statistics put down."""
-        view, labels = self.source.view(chunk.rows), self.batch.rows.labels[chunk.rows]
+        view, labels = self.source.view(chunk.rows, self.keeps_z), self.batch.rows.labels[chunk.rows]
         for part in self.parts:
             part.see(chunk, view, True, gradient)
-        if isinstance(view, FusedView):
-            found = view.collect(self.collected, labels)
-        else:
-            logits = view.logits()
-            found = collect(self.collected, logits, labels, self._room(logits))
+        found = view.collect(self.collected, labels)
         self.largest[chunk.rows], self.top[chunk.rows] = found.pop("largest"), found.pop("top")
         for key, values in found.items():
             self.batch.statistics[key][chunk.rows] = values
         return view
 
-    def _room(self, logits: Tensor) -> Tensor | None:
-        """For a copy of the logits, where the pull needs them: one for all chunks, as fresh memory costs more."""
-        if not (self.gradient and self.keeps_z):
-            return None
-        if self._z is None or len(self._z) < len(logits):
-            self._z = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        return self._z[: len(logits)]
-
     def _visit_again(self, chunk: Chunk) -> View:
         """A chunk with its p, once more."""
-        view = self.source.view(chunk.rows)
+        view = self.source.view(chunk.rows, self.keeps_z)
         for part in self.parts:
             part.see(chunk, view, False, True)
-        if isinstance(view, FusedView):
-            return view.know(self.largest[chunk.rows], self.top[chunk.rows])
-        logits = view.logits()
-        kept = self._room(logits)
-        for rows in blocks(logits):
-            if kept is not None:
-                kept[rows] = logits[rows]
-            torch.softmax(logits[rows], 1, out=logits[rows])
-        return view
+        return view.know(self.largest[chunk.rows], self.top[chunk.rows])
 
     def p_at(self, number: int, window: Window) -> Tensor:
         """p of the rows of a chunk at the columns of a window, without the logits of all."""
@@ -257,18 +235,15 @@ class _Pass:
         for part, given in zip(self.parts, own, strict=True):
             part.take(rows, [_or_zeros(next(rest), leaf) for leaf in given])
         # A statistic that counts as a constant is not pulled back, which would take a pass over the chunk.
-        pulled = zip(statistics.items(), found, strict=False)
-        return {name: _or_zeros(grad, leaf) for (name, leaf), grad in pulled if grad is not None or name in FACTORED}
+        return {name: grad for name, grad in zip(statistics, found, strict=False) if grad is not None}
 
     def _pull(self, chunk: Chunk, view: View | None, found: Mapping[Key, Tensor]) -> None:
         rows = chunk.rows
-        p = None if view is None or isinstance(view, FusedView) else view.p
-        labels, logp = self.batch.rows.labels[rows], self.batch.statistics["logp"][rows]
-        values = {key: self.batch.statistics[key][rows] for key in self.collected} | {"largest": self.largest[rows]}
+        values = {key: self.batch.statistics[key][rows] for key in ("logp", *self.collected)}
+        values |= {"largest": self.largest[rows], "top": self.top[rows]}
         cotangents = {key: x for key, x in found.items() if key in values or key in FACTORED}
-        z = None if self._z is None else self._z[: len(labels)]
-        gradient = LogitGradient.build(p, logp, labels, cotangents, self._columns(chunk, view), z, values)
-        gradient.view = view if isinstance(view, FusedView) else None
+        labels, columns = self.batch.rows.labels[rows], self._columns(chunk, view)
+        gradient = LogitGradient.build(view, labels, cotangents, columns, values)
         for part in self.parts:
             part.pull(chunk, gradient)
         self.source.pull(rows, gradient)

@@ -48,8 +48,9 @@ class LogitSource:
         """How many rows of logits at most, and what number of them divides a chunk's."""
         return None
 
-    def view(self, rows: slice) -> View:
-        return View(self.logits(rows))
+    def view(self, rows: slice, keep: bool = False) -> View:
+        """The logits, which the caller's gradients need (``keep``) or not."""
+        return View(self.logits(rows), keep)
 
     def logits(self, rows: slice) -> Tensor:
         """(n, V)"""
@@ -227,9 +228,9 @@ class LinearSource(HeadSource):
             return max(1, n), 1
         return max(128, FUSED_BYTES // (self.vocab_size * self.weight.itemsize) // 128 * 128), 128
 
-    def view(self, rows: slice) -> View:
+    def view(self, rows: slice, keep: bool = False) -> View:
         if not self.fused:
-            return super().view(rows)
+            return super().view(rows, keep)
         hidden = self.hidden[rows]
         padded = -(-self.vocab_size // 64) * 64  # rows of an odd V could not be read 16 bytes at a time
         if self._buffer is None or len(self._buffer) < len(hidden):

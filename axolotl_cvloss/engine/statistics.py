@@ -15,6 +15,7 @@ from torch import Tensor
 
 Key = str | tuple[str, Any]  # a statistic, or one at the value of a parameter, or of several
 FACTORED = ("logp", "lse", "mean_logit", "mean_logp")  # pulled back by ``LogitGradient`` without (n, V) of their own
+SORTED = 32  # logits of a row that are sorted at first, for sparsemax; more of them where these do not do
 BLOCK_BYTES = 2 << 20  # of a chunk at a time on a CPU, so that several passes find it in the cache
 
 
@@ -22,9 +23,9 @@ BLOCK_BYTES = 2 << 20  # of a chunk at a time on a CPU, so that several passes f
 class Block:
     """Some rows of a chunk.
 
-    z, p: (n, V), logits, and their softmax where it is there; while statistics are collected it takes their place.
     labels: (n,), the targets.
     largest: (n, 1), the largest logit of each row.
+    z, p: (n, V), logits, and their softmax where it is there, which may have taken their place.
     values: (n, 1) each, ``logp``, ``top`` (log p of the largest) and the statistics that are known, by key.
     memo: What two statistics make use of.
     rooms: Buffers as large as z, which blocks after each other write into: fresh memory costs more than arithmetic.
@@ -76,16 +77,17 @@ class Statistic:
     """A number of each row.
 
     words: Shape and meaning.
-    of: ``z``, it is collected from the logits, before there are probabilities; ``p``, from these.
+    of: ``z``, it is collected from the logits, before there are probabilities; ``p``, afterwards.
     collect: From a block and the parameter, the numbers (n,).
-    pull: From a block and the parameter, a matrix (n, V) of its own or the logits, and ``times`` (n, 1) or a number;
-        their product is the derivative of the number in each logit, divided by p where ``of`` is ``p``. None: there
-        is none in the logits of other tokens than the target.
-    own: The derivative in the target's logit, (n, 1), from ``values`` and the parameter. None with ``pull`` None: the
-        number counts as a constant.
+    pull: From a block and the parameter, a matrix (n, V) of its own, the logits or p. None: the derivative is 0 in the
+        logits of other tokens than the target.
+    times, slope: From ``values`` and the parameter, (n, 1) or a number. The derivative in the logits of the others is
+        ``times`` the matrix, plus ``slope`` (None: 0) times p.
+    own: The same for the derivative in the target's logit. None with ``pull`` None: the number counts as a constant.
     also: Other statistics that it looks at, which are then in ``values``; where it is taken at a parameter, they are
         too.
     away: Of ``p``, but ``collect`` looks at ``block.away`` too.
+    over_p: ``pull`` looks at p alone, and its matrix is divided by p.
     """
 
     words: str
@@ -93,9 +95,11 @@ class Statistic:
     collect: Callable[[Block, Any], Tensor]
     pull: Callable[[Block, Any], Tensor] | None = None
     times: Callable[[Block, Any], Tensor | float] = lambda block, _: 1.0
+    slope: Callable[[Block, Any], Tensor] | None = None
     own: Callable[[Block, Any], Tensor] | None = None
     also: tuple[str, ...] = ()
     away: bool = False
+    over_p: bool = False
 
 
 def _finite(block: Block, x: Tensor) -> Tensor:
@@ -103,16 +107,20 @@ def _finite(block: Block, x: Tensor) -> Tensor:
     return torch.clamp(x, min=torch.finfo(x.dtype).min, out=block.room())
 
 
-def _entropy_pull(block: Block, _: Any) -> Tensor:
-    logp = torch.clamp(block.p, min=torch.finfo(block.p.dtype).tiny, out=block.room()).log_()
-    return logp.add_(block.values["entropy"])
+def _entropy(block: Block, q: Tensor, scaled: Tensor) -> Tensor:
+    """Entropy (n,) of q (n, V), which is the softmax of what is 0 at the largest of each row."""
+    return -q.amax(1).log() - _finite(block, scaled).mul_(q).sum(1)
+
+
+def _logp(block: Block, _: Any) -> Tensor:
+    return torch.clamp(block.p, min=torch.finfo(block.p.dtype).tiny, out=block.room()).log_()
 
 
 def _mean_away(block: Block) -> Tensor:
-    away = block.away
-    if block.ruled_out is not None:
-        away = block.possible(block.room().copy_(away))
-    return away.sum(1, keepdim=True) / block.values["possible"]
+    if "mean away" not in block.memo:
+        away = block.away if block.ruled_out is None else block.possible(block.room().copy_(block.away))
+        block.memo["mean away"] = away.sum(1, keepdim=True) / block.values["possible"]
+    return block.memo["mean away"]
 
 
 def _variance(block: Block, _: Any) -> Tensor:
@@ -126,44 +134,83 @@ def _from_mean(block: Block, _: Any) -> Tensor:
     return block.possible(away.add_(block.values["height"]))
 
 
-def _others_at(block: Block, temperature: Tensor | float) -> Tensor:
-    """Logits at a temperature, from the largest of the row; the target's is the least number."""
-    scaled = torch.div(block.away, temperature, out=block.room())
+def _others(block: Block, by: Tensor | float) -> Tensor:
+    """Distances from the largest logit of the row, times a number; the target's is the least number."""
+    scaled = torch.mul(block.away, by, out=block.room())
     return block.others(scaled, torch.finfo(scaled.dtype).min)
 
 
-def _odds(block: Block, temperature: Tensor | float) -> Tensor:
-    others = _others_at(block, temperature)
+def _softmax_of_others(block: Block, by: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Of ``_others`` the softmax (n, V) and the logsumexp (n, 1)."""
+    others = _others(block, by)
     largest = others.amax(1, keepdim=True)
-    # The largest p is 1 over the sum of e^(z - largest).
-    lse = largest - torch.softmax(others, 1, out=others).amax(1, keepdim=True).log()
-    return (lse - block.at_target(block.away) / temperature).squeeze(1)
+    q = torch.softmax(others, 1, out=others)
+    return q, largest - q.amax(1, keepdim=True).log()  # the largest is 1 over the sum of e^(x - largest)
+
+
+def _odds(block: Block, temperature: Tensor | float) -> Tensor:
+    by = 1 / temperature
+    block.memo["odds", temperature], lse = _softmax_of_others(block, by)
+    return (lse - block.at_target(block.away) * by).squeeze(1)
 
 
 def _odds_pull(block: Block, temperature: Tensor | float) -> Tensor:
-    others = _others_at(block, temperature)
+    others = _others(block, 1 / temperature)
     return torch.softmax(others, 1, out=others)
 
 
-def _powers(block: Block, gamma: float) -> tuple[Tensor, Tensor]:
-    """log p and p^gamma, (n, V) each, 0 at the targets. log p is bounded, so that gamma times it times 0 is 0."""
-    if gamma not in block.memo:
-        logp = torch.log_softmax(block.z, 1, out=block.room()).clamp_min_(-1e30)
-        powers = torch.mul(logp, gamma, out=block.room()).exp_()
-        block.memo[gamma] = block.others(logp), block.others(powers)
-    return block.memo[gamma]
+def _lead(block: Block, temperature: float) -> Tensor:
+    mean = _finite(block, block.away).mul_(block.memo["odds", temperature]).sum(1, keepdim=True)
+    return (_part_of_others(block, temperature) * (mean - block.at_target(block.away))).squeeze(1)
+
+
+def _part_of_others(block: Block, temperature: float) -> Tensor:
+    return block.values["tempered_odds", temperature].sigmoid()
+
+
+def _sparse_depth(block: Block, _: Any, k: int = SORTED) -> Tensor:
+    k = min(k, block.z.shape[1])
+    top = block.away.topk(k).values
+    over = top.cumsum(1) - 1
+    size = (top * torch.arange(1, k + 1, device=top.device) > over).sum(1, keepdim=True)
+    if k < block.z.shape[1] and bool((size == k).any()):  # all that were looked at are in the support
+        return _sparse_depth(block, _, 4 * k)
+    depth = -over.gather(1, size.clamp_min(1) - 1) / size
+    block.memo["sparse"] = (top + depth).clamp_min(0)
+    return depth.squeeze(1)
+
+
+def _sparse_max(block: Block, _: Any) -> Tensor:
+    """In the support a logit is q less the depth, from the largest."""
+    squares = block.memo["sparse"].square().sum(1, keepdim=True)
+    return (squares / 2 - block.values["sparse_depth"] - block.at_target(block.away)).squeeze(1)
+
+
+def _sparse_own(block: Block, _: Any) -> Tensor:
+    away = block.values["target_logit"] - block.largest
+    return (away + block.values["sparse_depth"]).clamp_min(0) - 1
+
+
+def _power_mass(block: Block, gamma: float) -> Tensor:
+    """p^gamma is its sum times a softmax."""
+    block.memo["powers", gamma], lse = _softmax_of_others(block, gamma)
+    return (lse + gamma * block.values["top"]).exp().squeeze(1)
+
+
+def _powers(block: Block, gamma: float) -> Tensor:
+    mean = _finite(block, block.away).mul_(block.memo["powers", gamma]).sum(1, keepdim=True) + block.values["top"]
+    return (mean * block.values["other_power_mass", gamma]).squeeze(1)
 
 
 def _powers_pull(block: Block, gamma: float) -> Tensor:
-    """p_j^gamma (gamma log p_j + 1), less p_j times the sum of these."""
-    logp, powers = _powers(block, gamma)
-    derivative = logp.mul_(gamma).add_(1).mul_(powers)
-    return derivative.addcmul_(block.p, derivative.sum(1, keepdim=True), value=-1)
+    """p_j^gamma (gamma log p_j + 1), divided by the sum of p_j^gamma."""
+    others = _others(block, gamma)
+    q = torch.softmax(others, 1, out=block.room())
+    return others.add_(gamma * block.values["top"] + 1).clamp_min_(torch.finfo(q.dtype).min).mul_(q)
 
 
-def _powers_own(block: Block, gamma: float) -> Tensor:
-    total = gamma * block.values["other_powers", gamma] + block.values["other_power_mass", gamma]
-    return -total * block.values["logp"].exp()
+def _powers_slope(block: Block, gamma: float) -> Tensor:
+    return -gamma * block.values["other_powers", gamma] - block.values["other_power_mass", gamma]
 
 
 def _top(block: Block, k: int) -> Tensor:
@@ -177,12 +224,13 @@ def _top_entropy(block: Block, k: int) -> Tensor:
 
 def _own_temperature(block: Block, parameters: tuple[float, float]) -> Tensor:
     temperature, alpha = parameters
-    scaled = torch.div(block.away, temperature, out=block.room())
-    q = torch.softmax(scaled, 1, out=block.room())
-    entropy = -q.amax(1).log() - _finite(block, scaled).mul_(q).sum(1)
+    q, scaled = block.p, block.away
+    if temperature != 1:
+        scaled = torch.div(scaled, temperature, out=block.room())
+        q = torch.softmax(scaled, 1, out=block.room())
     # Of one token, log V is 0 and so is the entropy.
     most = max(math.log(q.shape[1]), torch.finfo(q.dtype).tiny)
-    return temperature * (1 - (1 - entropy / most) / alpha)
+    return temperature * (1 - (1 - _entropy(block, q, scaled) / most) / alpha)
 
 
 STATISTICS: dict[str, Statistic] = {
@@ -219,7 +267,7 @@ STATISTICS: dict[str, Statistic] = {
         lambda block, _: (block.at_target(block.away) - _mean_away(block)).squeeze(1),
         lambda block, _: block.possible(block.room().fill_(1)),
         lambda block, _: -1 / block.values["possible"],
-        lambda block, _: 1 - 1 / block.values["possible"],
+        own=lambda block, _: 1 - 1 / block.values["possible"],
         also=("possible",),
     ),
     "variance": Statistic(
@@ -228,7 +276,7 @@ STATISTICS: dict[str, Statistic] = {
         _variance,
         _from_mean,
         lambda block, _: 2 / block.values["possible"],
-        lambda block, _: 2 / block.values["possible"] * block.values["height"],
+        own=lambda block, _: 2 / block.values["possible"] * block.values["height"],
         also=("possible", "target_logit", "height"),
     ),
     "other_squares": Statistic(
@@ -237,7 +285,7 @@ STATISTICS: dict[str, Statistic] = {
         lambda block, _: block.possible(block.others(torch.mul(block.z, block.z, out=block.room()))).sum(1),
         lambda block, _: block.z if block.ruled_out is None else block.possible(block.room().copy_(block.z)),
         lambda block, _: 2.0,
-        lambda block, _: torch.zeros_like(block.largest),
+        own=lambda block, _: torch.zeros_like(block.largest),
     ),
     "tempered_odds": Statistic(
         "(N,) log-odds against each row's target at a temperature: log sum_{j != y} exp((z_j - z_y) / temperature)",
@@ -245,34 +293,60 @@ STATISTICS: dict[str, Statistic] = {
         _odds,
         _odds_pull,
         lambda block, temperature: 1 / temperature,
-        lambda block, temperature: torch.full_like(block.largest, -1 / temperature),
+        own=lambda block, temperature: torch.full_like(block.largest, -1 / temperature),
     ),
     "own_temperature": Statistic(
         "(N,) temperature (1 - (1 - H / log V) / alpha), H the entropy of softmax(z / temperature); no gradient",
-        "z",
+        "p",
         _own_temperature,
+        away=True,
     ),
     "own_tempered_odds": Statistic(
         "(N,) as tempered_odds, at own_temperature, which has no gradient",
-        "z",
+        "p",
         lambda block, at: _odds(block, block.values["own_temperature", at]),
         lambda block, at: _odds_pull(block, block.values["own_temperature", at]),
         lambda block, at: 1 / block.values["own_temperature", at],
-        lambda block, at: -1 / block.values["own_temperature", at],
+        own=lambda block, at: -1 / block.values["own_temperature", at],
         also=("own_temperature",),
+        away=True,
+    ),
+    "tempered_lead": Statistic(
+        "(N,) sum_j q_j z_j - z_y, q = softmax(z / temperature), which has no gradient",
+        "z",
+        _lead,
+        _odds_pull,
+        _part_of_others,
+        own=lambda block, temperature: -_part_of_others(block, temperature),
+        also=("tempered_odds",),
+    ),
+    "sparse_depth": Statistic(
+        "(N,) d, with which q_j = max(0, z_j - max z + d) sums to 1; no gradient", "z", _sparse_depth
+    ),
+    "sparse_max": Statistic(
+        "(N,) largest sum_j q_j z_j - q_j^2 / 2 of a distribution q, less z_y",
+        "z",
+        _sparse_max,
+        lambda block, _: torch.add(block.away, block.values["sparse_depth"], out=block.room()).clamp_min_(0),
+        own=_sparse_own,
+        also=("sparse_depth", "target_logit"),
     ),
     "other_power_mass": Statistic(
         "(N,) sum of p_j^gamma over the other tokens of each row; no gradient",
-        "z",
-        lambda block, gamma: _powers(block, gamma)[1].sum(1),
+        "p",
+        _power_mass,
+        away=True,
     ),
     "other_powers": Statistic(
         "(N,) sum of p_j^gamma log p_j over the other tokens of each row",
-        "z",
-        lambda block, gamma: torch.mul(*_powers(block, gamma), out=block.room()).sum(1),
+        "p",
+        _powers,
         _powers_pull,
-        own=_powers_own,
+        lambda block, gamma: block.values["other_power_mass", gamma],
+        _powers_slope,
+        lambda block, gamma: _powers_slope(block, gamma) * block.values["logp"].exp(),
         also=("other_power_mass",),
+        away=True,
     ),
     "accuracy": Statistic(
         "(N,) 1 where the target is the (first) likeliest token, else 0; no gradient",
@@ -282,19 +356,23 @@ STATISTICS: dict[str, Statistic] = {
     "entropy": Statistic(
         "(N,) entropy of each row's distribution, -sum_j p_j log p_j",
         "p",
-        lambda block, _: -block.values["top"].squeeze(1) - _finite(block, block.away).mul_(block.p).sum(1),
-        _entropy_pull,
+        lambda block, _: _entropy(block, block.p, block.away),
+        _logp,
         lambda block, _: -1.0,
+        lambda block, _: -block.values["entropy"],
         lambda block, _: -block.values["logp"].exp() * (block.values["logp"] + block.values["entropy"]),
         away=True,
+        over_p=True,
     ),
     "collision": Statistic(
         "(N,) sum of the squares of each row's probabilities",
         "p",
         lambda block, _: torch.mul(block.p, block.p, out=block.room()).sum(1),
-        lambda block, _: torch.sub(block.p, block.values["collision"], out=block.room()),
+        lambda block, _: block.p,
         lambda block, _: 2.0,
+        lambda block, _: -2 * block.values["collision"],
         lambda block, _: 2 * block.values["logp"].exp() * (block.values["logp"].exp() - block.values["collision"]),
+        over_p=True,
     ),
     "top_entropy": Statistic("(N,) entropy of the k likeliest tokens among themselves; no gradient", "p", _top_entropy),
     "top_mass": Statistic(
@@ -327,10 +405,10 @@ def blocks(x: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + most, len(x)))
 
 
-def collect(keys: Iterable[Key], logits: Tensor, labels: Tensor, kept: Tensor | None = None) -> dict[Key, Tensor]:
+def collect(keys: Iterable[Key], logits: Tensor, labels: Tensor, keep: bool = False) -> dict[Key, Tensor]:
     """Statistics (n,) of rows of logits (n, V), ``logp`` and ``lse`` too, ``largest`` and ``top``.
 
-    The logits become probabilities in their place; ``kept`` (n, V) gets what they were.
+    The logits become probabilities in their place, unless they are to be kept.
 
     log p of any logit z is (z - largest) + top. It is not z - lse: far from 0, lse has few digits.
     """
@@ -340,16 +418,14 @@ def collect(keys: Iterable[Key], logits: Tensor, labels: Tensor, kept: Tensor | 
     rooms: list[Tensor] = []
     for rows in blocks(logits):
         z = logits[rows]
-        if kept is not None:
-            kept[rows] = z
         block = Block(labels[rows], z.amax(1, keepdim=True), z, z, rooms=rooms)
         target = block.at_target(z)
         for key in of["z"]:
             block.values[key] = _collected(block, key)
         if away:
             _ = block.away
-        torch.softmax(z, 1, out=z)
-        top = block.values["top"] = z.amax(1, keepdim=True).log()
+        block.p = torch.softmax(z, 1, out=block.room() if keep else z)
+        top = block.values["top"] = block.p.amax(1, keepdim=True).log()
         block.values |= {"largest": block.largest, "lse": block.largest - top, "logp": target - block.largest + top}
         for key in of["p"]:
             block.values[key] = _collected(block, key)

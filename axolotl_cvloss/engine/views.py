@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .statistics import STATISTICS, Key
+from .statistics import STATISTICS, Key, blocks, collect
 
 if TYPE_CHECKING:
     from .gradient import LogitGradient
@@ -29,11 +29,16 @@ COLLECTED = (
 
 
 class View:
-    """The logits of a chunk of rows, in float32 or more; ``p`` is in their place once there is a softmax."""
+    """The logits of a chunk of rows, in float32 or more; ``p`` is in their place once there is a softmax.
 
-    def __init__(self, logits: Tensor) -> None:
-        self.z = self.p = logits
-        self.vocab_size = logits.shape[1]
+    Args:
+        keep: Where gradients need the logits, they stay, and there is no ``p``.
+    """
+
+    p: Tensor | None = None
+
+    def __init__(self, logits: Tensor, keep: bool = False) -> None:
+        self.z, self.vocab_size, self.keep = logits, logits.shape[1], keep
 
     def logits(self) -> Tensor:
         """(n, V), not to be changed; not after the softmax."""
@@ -45,10 +50,29 @@ class View:
 
     def p_at(self, columns: Tensor) -> Tensor:
         """(n, C), the probabilities at some columns, once there is a softmax."""
-        return self.p[:, columns]
+        if self.p is not None:
+            return self.p[:, columns]
+        return self.at(columns).sub_(self.largest[:, None]).add_(self.top[:, None]).exp_()
+
+    def collect(self, keys: Sequence[Key], labels: Tensor) -> dict[Key, Tensor]:
+        """Statistics (n,), as ``statistics.collect``; then there is a softmax."""
+        found = collect(keys, self.z, labels, self.keep)
+        self.largest, self.top = found["largest"], found["top"]
+        self.p = None if self.keep else self.z
+        return found
+
+    def know(self, largest: Tensor, top: Tensor) -> "View":
+        """Of a chunk seen before, the largest logit of each row and its log p, (n,); then there is a softmax."""
+        self.largest, self.top = largest, top
+        if not self.keep:
+            for rows in blocks(self.z):
+                torch.softmax(self.z[rows], 1, out=self.z[rows])
+            self.p = self.z
+        return self
 
     def take_others(self, labels: Tensor) -> Tensor:
         """p (n, V) with 0 at the targets."""
+        assert self.p is not None
         return self.p.scatter_(1, labels[:, None], 0)
 
 
@@ -70,15 +94,11 @@ class FusedView(View):
     def at(self, columns: Tensor) -> Tensor:
         return self._bounded(self.raw[:, columns])
 
-    def p_at(self, columns: Tensor) -> Tensor:
-        return self.at(columns).sub_(self.largest[:, None]).add_(self.top[:, None]).exp_()
-
     def _bounded(self, raw: Tensor) -> Tensor:
         z = raw.float() * self.scale
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def collect(self, keys: Sequence[Key], labels: Tensor) -> dict[Key, Tensor]:
-        """Statistics (n,), as ``statistics.collect``."""
         from . import kernels
 
         names = {key[0] if isinstance(key, tuple) else key for key in keys}
@@ -113,7 +133,6 @@ class FusedView(View):
         return {**known, "largest": found.largest, "top": found.top}
 
     def know(self, largest: Tensor, top: Tensor) -> "FusedView":
-        """The largest logit of each row and its log p, (n,), which probabilities are made of."""
         self.largest, self.top = largest, top
         return self
 
@@ -129,33 +148,25 @@ class FusedView(View):
             if self.softcap is not None:
                 values *= 1 - (self.at(columns) / self.softcap) ** 2
             added.append((columns, values))
-        slope, more = self._more(gradient)
-        dz = self._pull_(gradient.labels, slope, gradient.own, gradient.mean, more)
+        dz = self._pull_(gradient.labels, gradient.slope, gradient.own, gradient.mean, self._more(gradient))
         for columns, values in added:
             dz[:, columns] = (dz[:, columns].float() + values).to(dz.dtype)
         return dz
 
     @staticmethod
-    def _more(gradient: "LogitGradient") -> tuple[Tensor, "More"]:
-        """The slope, and what the kernel adds: derivatives as those of ``STATISTICS``."""
+    def _more(gradient: "LogitGradient") -> "More":
+        """What the kernel adds: it makes the matrices of ``STATISTICS`` itself."""
         from . import kernels
 
-        slope, more, values = gradient.slope, kernels.More(), gradient.values
-        of_log, of_p = gradient.more.get("entropy"), gradient.more.get("collision")
-        if of_log is not None or of_p is not None:
-            zero = torch.zeros_like(slope)
-            if of_log is not None:  # -p (log p + entropy)
-                slope = slope - of_log * values["entropy"]
-            if of_p is not None:  # 2 p (p - collision)
-                slope = slope - 2 * of_p * values["collision"]
-            more.bend = zero if of_log is None else -of_log, zero if of_p is None else 2 * of_p
-        if (squares := gradient.more.get("other_squares")) is not None:
-            more.steep = 2 * squares
-        for key, cotangent in gradient.more.items():
+        times, more = gradient.more, kernels.More()
+        if "entropy" in times or "collision" in times:
+            zero = torch.zeros_like(gradient.slope)
+            more.bend = times.get("entropy", zero), times.get("collision", zero)
+        more.steep = times.get("other_squares")
+        for key, factor in times.items():
             if isinstance(key, tuple):
-                more.temperature = float(key[1])
-                more.sharp = cotangent / more.temperature, values[key]
-        return slope, more
+                more.temperature, more.sharp = float(key[1]), (factor, gradient.values[key])
+        return more
 
     def _pull_(
         self, labels: Tensor, slope: Tensor, own: Tensor, mean: Tensor | None = None, more: "More | None" = None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.numerics import one_minus_exp
-from .bounds import Above1, Fraction, NonNegative, Number, NumberFrom2, Positive
+from .bounds import Above1, Fraction, NonNegative, Number, NumberFrom2, Positive, PositiveFraction
 from .hookspecs import hookimpl
 from .token import focal
 
@@ -287,6 +287,41 @@ def aldr(
     return own * (_softplus(own_tempered_odds + margin / own) - vocab_size.log())
 
 
+def gem(tempered_lead: Tensor, beta: PositiveFraction = 0.7) -> Tensor:
+    """Moves probability to the target from the likely tokens alone, which keeps the rest of the distribution.
+
+    Its gradient is q less the target, where cross-entropy has p less the target; beta 1 is cross-entropy's gradient.
+    The paper's form with h linear; its code has a second one, with the weights sigmoid(0.01 (z_j - z_y)).
+
+    Formula: -log p + sum_j q_j log p_j, q = sg(softmax(log p / beta)), sg without gradient
+    Source: Li et al. 2024, Preserving Diversity in Supervised Fine-Tuning, arXiv:2408.16673
+    Helps: keeping the diversity of answers, as a cold start for reinforcement learning or for sampling many.
+    Hurts: where one exact answer is wanted, little is known. The value falls below 0 and is no measure of progress.
+
+    Args:
+        tempered_lead: (N,), sum of q_j z_j, less the target's logit: log p is z - lse, and q sums to 1.
+        beta: Temperature of q; a small one takes from the likeliest tokens alone.
+    """
+    return tempered_lead
+
+
+def sparsemax(sparse_max: Tensor) -> Tensor:
+    """The loss of sparsemax, a softmax with exact zeros: 0 as soon as the target's logit is 1 above all others.
+
+    Its gradient is q less the target, where cross-entropy has p less the target.
+
+    Formula: <q, z> - z_y + (1 - |q|^2) / 2, q the projection of z onto the simplex
+    Source: Martins and Astudillo 2016, From Softmax to Sparsemax, arXiv:1602.02068
+    Helps: where answers are meant to be sampled with sparsemax; tokens with a margin of 1 train no more.
+    Hurts: models that are sampled with softmax, which all hosts do: a margin of 1 is little there. Mix it with
+        cross-entropy. No evidence in fine-tuning yet.
+
+    Args:
+        sparse_max: (N,), <q, z> - |q|^2 / 2, less the target's logit.
+    """
+    return sparse_max + 0.5
+
+
 def _softplus(x: Tensor, slope: float = 1.0) -> Tensor:
     """log(1 + exp(slope x)) / slope, in float64 too."""
     return F.softplus(x, beta=slope, threshold=40)
@@ -294,11 +329,12 @@ def _softplus(x: Tensor, slope: float = 1.0) -> Tensor:
 
 @hookimpl
 def cvloss_register_losses(register):  # type: ignore[no-untyped-def]
-    for function in (deft, brier, idft, confidence_penalty, squentropy, spherical_z):
+    for function in (deft, brier, idft, confidence_penalty, squentropy, spherical_z, sparsemax):
         register(function.__name__, family="token")(function)
     register("entropy_adaptive", family="token", at={"top_entropy": "k"})(entropy_adaptive)
     register("sed", family="token", at={"top_mass": "k"})(sed)
     register("tofu", family="token", at={"tempered_odds": "temperature"})(tofu)
+    register("gem", family="token", at={"tempered_lead": "beta"})(gem)
     register("ldr", family="token", at={"tempered_odds": "temperature"})(ldr)
     own = dict.fromkeys(("own_temperature", "own_tempered_odds"), ("temperature", "alpha"))
     register("aldr", family="token", at=own)(aldr)

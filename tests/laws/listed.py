@@ -145,6 +145,7 @@ REPRESENTATIVES = [
     "asymmetric",
     "aldr",
     "gem",
+    "sparsemax",
     "dice",
     "generalized_dice",
     "unified_focal",
