@@ -12,6 +12,7 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",  # nothing here may need the network
     "AXOLOTL_DO_NOT_TRACK": "1",
     "DO_NOT_TRACK": "1",
+    "NUMBA_DISABLE_JIT": "1",  # Axolotl packs by it, and what tests have is packed before it is compiled
     "OMP_NUM_THREADS": "1",  # the workers of pytest-xdist share the cores
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",

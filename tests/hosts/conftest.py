@@ -110,7 +110,7 @@ def make_config(files, tmp_path):
             "cv_loss": {"cross_entropy": 0.6, "lovasz": 0.4},
             "datasets": [data("train")],
             "test_datasets": [data("test")],
-            "dataset_prepared_path": str(files / "prepared" / name),
+            "dataset_prepared_path": str(files / "prepared"),  # each of them takes two processes to write
             "dataset_num_proc": 1,
             "output_dir": str(tmp_path / name),
             "sequence_len": 64,
@@ -191,6 +191,18 @@ def train(axolotl, tmp_path):
             code, printed = forked.axolotl_train(write(config, tmp_path), environment)
         assert code == 0, printed[-5000:]
         return history_of(config), Path(config["output_dir"]), printed
+
+    return run
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """Try to train, which must not succeed: what was printed. Further arguments are environment variables."""
+
+    def run(config, **environment):
+        code, printed = forked.axolotl_train(write(config, tmp_path), environment)
+        assert code != 0
+        return printed
 
     return run
 

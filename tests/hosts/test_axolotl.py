@@ -162,9 +162,9 @@ def curve(history):
 
 
 @pytest.mark.hosts
-def test_cross_entropy_is_the_loss_of_the_host(make_config, train):
+def test_cross_entropy_is_the_loss_of_the_host(make_config, train, tmp_path):
     """The same loss curve, to rounding, padded and packed; and with the plugin but no key, the same bits."""
-    host = {"plugins": None, "cv_loss": None}
+    host = {"plugins": None, "cv_loss": None, "dataset_prepared_path": str(tmp_path / "prepared by the host")}
     padded = {"max_steps": 6, "eval_steps": 3, "save_steps": 6}
     packed = {
         **padded,
@@ -193,13 +193,12 @@ def test_cross_entropy_is_the_loss_of_the_host(make_config, train):
 
 
 @pytest.mark.hosts
-def test_broken_installation_stops_the_command(make_config, axolotl, tmp_path):
+def test_broken_installation_stops_the_run(make_config, stopped, tmp_path):
     """Axolotl prints the ImportError of a plugin and goes on without it."""
     (tmp_path / "pluggy.py").write_text("raise ImportError('this pluggy is broken')\n")
-    result = axolotl(make_config(), PYTHONPATH=str(tmp_path))
-    assert result.returncode != 0
-    assert "axolotl_cvloss.CVLossPlugin cannot be loaded, so the run stops here: this pluggy is broken" in result.stdout
-    assert "Loading model" not in result.stdout
+    printed = stopped(make_config(), PYTHONPATH=str(tmp_path))
+    assert "axolotl_cvloss.CVLossPlugin cannot be loaded, so the run stops here: this pluggy is broken" in printed
+    assert "Loading model" not in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -252,13 +251,11 @@ def test_guard_looks_once(monkeypatch):
 
 
 @pytest.mark.hosts
-def test_error_in_the_key_stops_the_command(make_config, axolotl, tmp_path):
+def test_error_in_the_key_stops_the_run(make_config, stopped, tmp_path):
     """Before any model or data is looked at: neither is there."""
     config = make_config(cv_loss={"lovas": 0.4}, base_model=str(tmp_path / "no-model"))
     config["datasets"][0]["path"] = str(tmp_path / "no-data.jsonl")
-    result = axolotl(config)
-    assert result.returncode != 0
-    assert re.search(r"cv_loss\.lovas: unknown loss 'lovas'; did you mean lovasz\?", result.stdout)
+    assert re.search(r"cv_loss\.lovas: unknown loss 'lovas'; did you mean lovasz\?", stopped(config))
 
 
 @pytest.mark.hosts
