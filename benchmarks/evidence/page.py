@@ -1,9 +1,11 @@
-"""docs/evidence.md, and table, figure and report of every task, from the lines in results/.
+"""docs/evidence.md, the table of verdicts in docs/which-loss.md, and table, figure and report of every task, from the
+lines in results/.
 
 python benchmarks/evidence/page.py
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +19,8 @@ from axolotl_cvloss.command.compare.running import read_lines
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
+GUIDE = ROOT / "docs" / "which-loss.md"
+GUIDE_START, GUIDE_END = "<!-- Verdicts: written by benchmarks/evidence/page.py -->", "<!-- end of verdicts -->"
 EXPLAIN = HERE / "results" / "explain.jsonl"
 FOLDERS = ("", "_kept_back", "_screen")  # beside results/TASK
 
@@ -142,6 +146,37 @@ def caution(task: Task, found: Summary) -> list[str]:
             "and rate."
         )
     return [f"{said}\n"]
+
+
+def guide(text: str) -> str:
+    """The page on which loss to take, with a new table of what is decided."""
+    before, after = text.split(GUIDE_START)[0], text.split(GUIDE_END)[1]
+    header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
+    rows = []
+    for name, task in TASKS.items():
+        if (found := summary(lines_of(name))) is None:
+            continue
+        again = summary(lines_of(f"{name}_kept_back"))
+        of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
+        for row in found.rows:
+            if row.difference:
+                verdict = "not decided" if caution(task, found) else row.verdict
+                figure = "" if verdict == "not decided" else _points(row)
+                for other in again.rows if again and figure else ():
+                    if other.name == row.name and other.difference:
+                        figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
+                of[verdict].append(f"`{row.name}`{figure}")
+        anchor = re.sub(r"[^a-z0-9 -]", "", task.heading.lower()).replace(" ", "-")
+        seeds = str(max(len(row.seeds) for row in found.rows))
+        rows.append([f"[{task.heading}](evidence.md#{anchor})", seeds, *map(", ".join, of.values())])
+    table = "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
+    return f"{before}{GUIDE_START}\n{table}\n{GUIDE_END}{after}"
+
+
+def _points(row: report.Row) -> str:
+    assert row.difference is not None
+    error = row.difference.error
+    return f" {100 * row.difference.mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def finals_of(found: Summary) -> dict[tuple[str, float], dict[int, float]]:
@@ -271,7 +306,7 @@ steps of the tables, each loss alone had its gradient taken on the same four mic
   cross_entropy.
 - topk_cross_entropy has a gradient of another direction early in the training, when no token is easy yet. Later it has
   nearly the direction of cross_entropy and about 1 / k times its length, as the hardest tokens have most of its
-  gradient anyway. The length alone does little: AdamW divides by it, and gradients above 1 are cut to 1 here.
+  gradient anyway. The length alone should do little: AdamW divides by it, and gradients above 1 are cut to 1 here.
 - lovasz, generalized_dice and self_adjusting_dice have next to no gradient at the start of slots, and later a share of
   less than a third. Their direction is another one, and more of their pull is on easy tokens than that of
   cross_entropy, not less.
@@ -291,6 +326,7 @@ def main() -> None:
             if lines := lines_of(name + end):
                 summarize(lines, results(name + end))
     PAGE.write_text(page(), encoding="utf-8")
+    GUIDE.write_text(guide(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
