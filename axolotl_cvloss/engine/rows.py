@@ -220,7 +220,12 @@ def select_rows(
         aligned=aligned_labels(labels, shift),
         shifted=shift,
     )
-    column = None if weights is None else weights.flatten()[index]
+    _weigh(rows, None if weights is None else weights.flatten()[index], power)
+    return rows
+
+
+def _weigh(rows: Rows, column: Tensor | None, power: float) -> None:
+    """Put down weights and masses; ``column`` (N,) has the weights that were given."""
     for selector, scope in rows.scopes.items():
         if column is not None:
             rows.weights[selector] = column
@@ -228,10 +233,9 @@ def select_rows(
         if power:
             members, number, sizes = rows.of_documents(selector)
             each = sizes.double() ** -power
-            own = torch.ones(len(index), dtype=torch.float64).index_copy_(0, members, each[number])
+            own = torch.ones(len(scope), dtype=torch.float64).index_copy_(0, members, each[number])
             rows.weights[selector] = own if column is None else own * column
             rows.masses[selector] = float((sizes * each).sum())
-    return rows
 
 
 def _of_rows(name: str, numbers: Tensor, labels: Tensor, shift: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Logit sources: where a chunk of logits comes from, and where its gradient goes. Losses never know which."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from .gradient import (
     statistics_dtype,
     wide_products,
 )
+from .random_state import RandomState
 from .views import FusedView, View
 
 FUSED_BYTES = 512 << 20  # of logits at a time, for the kernels
@@ -374,31 +375,6 @@ class ModuleSource(HeadSource):
                 self.hidden_grad[self.index[rows]] = restored(grad, unit).to(self.hidden_grad.dtype)
             else:
                 self.grads[i] += restored(grad, unit)  # type: ignore[operator]
-
-
-class RandomState:
-    """Where the random numbers of the CPU and of a device stand now. No other device is touched."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.where = () if device.type == "mps" else (device,)  # Apple's has no argument
-        self.cpu = torch.get_rng_state()
-        self.own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*self.where)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw from here once more, and go on as before afterwards."""
-        after = RandomState(self.device)
-        self._set()
-        try:
-            yield
-        finally:
-            after._set()
-
-    def _set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.own is not None:
-            torch.get_device_module(self.device).set_rng_state(self.own, *self.where)
 
 
 def is_linear(head: nn.Module) -> bool:

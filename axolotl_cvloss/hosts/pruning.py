@@ -23,6 +23,7 @@ from ..model.installation import NUMBER
 from ..objective.config import PruneConfig
 from . import prune_keys
 from .prune_keys import FEWEST
+from .sums import FEW
 
 try:
     from datasets import Dataset as Rows
@@ -30,7 +31,6 @@ except ImportError:
     Rows = None
 
 FILE = "cv_loss_prune.pt"  # in a checkpoint
-FEW = 16  # micro-batches whose values are fetched from the accelerator at once
 
 
 def weights_of_epoch(losses: Tensor, share: float, multiple: int, generator: torch.Generator) -> Tensor:

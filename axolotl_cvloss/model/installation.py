@@ -185,11 +185,7 @@ class Installation:
         columns = self.columns(inputs) if self.model.training else _columns(inputs, self._columns)
         inputs = {name: value for name, value in inputs.items() if name not in self._column_names}
         run = partial(self.original, **inputs, return_dict=True)
-        counts: Mapping[Selector, Tensor | float] | None = None
-        if num_items_in_batch is not None:
-            counts = {**self.counts, COMPLETION: num_items_in_batch}
-            if self.objective.config.examples is not None and self.counts:  # a Trainer counts tokens
-                counts = self.counts
+        counts = self._counts_of_the_step(num_items_in_batch)
         given: dict[str, Any] = {
             "labels": labels if shift_labels is None else shift_labels,
             "shift": shift_labels is None,
@@ -202,15 +198,7 @@ class Installation:
             **{name: inputs.get(name) for name in _ROW_INPUTS},
         }
         if self.model.training and self.objective.config.prune is not None:
-            if self.pruning is None or numbers is None:
-                raise ValueError(
-                    "cv_loss.prune: no trainer leaves examples out here; call attach(trainer), and leave prune "
-                    "out in a loop of your own"
-                )
-            numbers = numbers.view(len(numbers), -1).expand_as(given["labels"])
-            if (drawn := self.pruning.weights_of(numbers)) is not None:
-                column = columns.get(self.objective.config.example_weights or "")
-                given["example_weights"] = drawn if column is None else drawn * column.view(len(column), -1)
+            numbers = self._weighed_by_pruning(numbers, given)
         mask, length = given["attention_mask"], given["labels"].shape[-1]
         if mask is not None and mask.dim() == 2:  # it may begin with a cache, such as that of prefix tuning
             given["attention_mask"] = mask[:, -length:]
@@ -244,8 +232,7 @@ class Installation:
             assert result.places is not None
             assert result.logp is not None
             of_rows = numbers.roll(-1, dims=1) if given["shift"] else numbers
-            of_rows = of_rows.flatten()[result.places.to(of_rows.device, non_blocking=True)]
-            self.pruning.add(of_rows, result.logp)
+            self.pruning.add(of_rows.flatten()[result.places.to(of_rows.device, non_blocking=True)], result.logp)
         self.counted = counts is not None
         # Of a model on several devices, the head's is not Trainer's; and Trainer scales the loss in place.
         loss = result.loss.to(given["labels"].device, copy=True)
@@ -257,6 +244,29 @@ class Installation:
             listener(result)
         outputs = type(outputs)(**{**outputs, "loss": loss})
         return outputs.to_tuple() if return_dict is False else outputs
+
+    def _counts_of_the_step(
+        self, num_items_in_batch: Tensor | float | None
+    ) -> Mapping[Selector, Tensor | float] | None:
+        """What sums are divided by, where that is known of all micro-batches of the step."""
+        if num_items_in_batch is None:
+            return None
+        if self.objective.config.examples is not None and self.counts:  # a Trainer counts tokens
+            return self.counts
+        return {**self.counts, COMPLETION: num_items_in_batch}
+
+    def _weighed_by_pruning(self, numbers: Tensor | None, given: dict[str, Any]) -> Tensor:
+        """The number of the example of each token, (B, T), whose weights are put to what the objective is given."""
+        if self.pruning is None or numbers is None:
+            raise ValueError(
+                "cv_loss.prune: no trainer leaves examples out here; call attach(trainer), and leave prune "
+                "out in a loop of your own"
+            )
+        numbers = numbers.view(len(numbers), -1).expand_as(given["labels"])
+        if (drawn := self.pruning.weights_of(numbers)) is not None:
+            column = given["columns"].get(self.objective.config.example_weights or "")
+            given["example_weights"] = drawn if column is None else drawn * column.view(len(column), -1)
+        return numbers
 
     def _demand_a_look(self) -> None:
         """Raise where losses of other micro-batches would be needed, and nobody has looked at them."""

@@ -13,9 +13,10 @@ from ..engine.batch import Batch
 from ..engine.examples import of_all_processes, reweighted, worst
 from ..engine.families.paper import as_in_the_paper
 from ..engine.passes import Outcome, compute, target_logps
+from ..engine.random_state import RandomState
 from ..engine.rows import COMPLETION, REFERENCE, Goldfish, Rows, Selector, select_rows
 from ..engine.sets import SetCounts
-from ..engine.sources import Head, LogitSource, RandomState, TensorSource, device_of, head_source
+from ..engine.sources import Head, LogitSource, TensorSource, device_of, head_source
 from ..engine.terms import Term
 from ..engine.views import fused
 from ..engine.vocabulary import counted
