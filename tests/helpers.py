@@ -266,6 +266,21 @@ BATCHES = {
 }
 
 
+def check_slope(loss, hidden):
+    """The gradient of a loss in hidden states (float64) is that of its value, by differences under the same seed."""
+
+    def seeded(hidden):
+        torch.manual_seed(7)
+        return loss(hidden)
+
+    leaf = hidden.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(seeded(leaf), leaf)
+    direction = torch.randn_like(hidden)
+    with torch.no_grad():
+        slope = (seeded(hidden + 1e-6 * direction) - seeded(hidden - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-8)
+
+
 @contextmanager
 def temporary_losses():
     """Losses registered inside are forgotten afterwards; there is no public way to do so."""

@@ -40,6 +40,23 @@ def accumulated(make, config, data, **arguments):
     return trainer, gradients
 
 
+def trained(make, config, data, **arguments):
+    """The same after a training with the objective."""
+    trainer, gradients = accumulated(make, config, data, **arguments)
+    install(trainer.model, Objective.from_config(config))
+    attach(trainer)
+    trainer.train()
+    return trainer, gradients
+
+
+def padded(data, name):
+    """(B, T) the numbers that the rows have in a column."""
+    found = torch.zeros(collate(DATA)["labels"].shape)
+    for line, row in zip(found, data, strict=True):
+        line[: len(row[name])] = torch.tensor(row[name])
+    return found
+
+
 def check(gradients, expected):
     (seen,) = gradients.seen
     for name, grad in expected.items():
@@ -68,10 +85,7 @@ def test_no_tokenizer_is_said_before_training(make_trainer):  # noqa: F811
 
 
 def test_trainer_counts_the_labels(make_trainer, make_model):  # noqa: F811
-    trainer, gradients = accumulated(make_trainer, "ldam", DATA)
-    install(trainer.model, Objective.from_config("ldam"))
-    attach(trainer)
-    trainer.train()
+    _, gradients = trained(make_trainer, "ldam", DATA)
     labels = torch.cat([row["labels"] for row in DATA])
     counts = torch.bincount(labels[labels != -100])
     check(gradients, one_big_batch(make_model, "ldam", DATA, label_counts=counts))
@@ -88,10 +102,7 @@ def test_no_data_to_count_is_said_before_training(make_trainer):  # noqa: F811
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
 def test_goldfish_under_accumulation(loss, make_trainer, make_model):  # noqa: F811
     config = {"terms": [{"loss": "cross_entropy"}, {"loss": loss, "goldfish": {"k": 3, "h": 2}}]}
-    trainer, gradients = accumulated(make_trainer, config, DATA)
-    install(trainer.model, Objective.from_config(config))
-    attach(trainer)
-    trainer.train()
+    _, gradients = trained(make_trainer, config, DATA)
     check(gradients, one_big_batch(make_model, config, DATA))
 
 
@@ -100,11 +111,8 @@ def test_a_weight_column_reaches_the_objective(loss, make_trainer, make_model): 
     config = {loss: 1.0, "example_weights": "importance"}
     weights = torch.tensor([0.5, 1.0, 0.0, 2.5, 1.25, 0.75, 3.0, 1.5], dtype=torch.float64)
     data = [{**row, "importance": weight} for row, weight in zip(DATA, weights, strict=True)]
-    trainer, gradients = accumulated(make_trainer, config, data)
-    install(trainer.model, Objective.from_config(config))
-    attach(trainer)
+    trainer, gradients = trained(make_trainer, config, data)
     assert type(trainer) is not Trainer
-    trainer.train()
     check(gradients, one_big_batch(make_model, config, DATA, weights=weights))
 
 
@@ -113,10 +121,7 @@ def one_step(examples, accumulation, make_trainer, make_model):  # noqa: F811
     config = {"cross_entropy": 0.6, "lovasz": 0.4, "examples": examples}
     arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     more = {"evaluated": DATA, "eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 3}
-    trainer, gradients = accumulated(make_trainer, config, DATA, **arguments, **more)
-    install(trainer.model, Objective.from_config(config))
-    attach(trainer)
-    trainer.train()
+    trainer, gradients = trained(make_trainer, config, DATA, **arguments, **more)
     check(gradients, one_big_batch(make_model, config, DATA))
     (entry,), (before, _) = history(trainer), history(trainer, "eval_loss")
     return trainer, entry, before
@@ -192,14 +197,8 @@ def test_a_column_says_where_a_term_acts_under_accumulation(loss, make_trainer, 
     """A number a token, cut and padded by nobody but the host; the micro-batches have different numbers of them."""
     config = {"cross_entropy": 1.0, loss: {"weight": 0.5, "where": "acts"}}
     data = [{**row, "acts": [int((i * n) % 3 == 0) for n in range(len(row["labels"]))]} for i, row in enumerate(DATA)]
-    trainer, gradients = accumulated(make_trainer, config, data)
-    install(trainer.model, Objective.from_config(config))
-    attach(trainer)
-    trainer.train()
-    acts = torch.zeros(collate(DATA)["labels"].shape)
-    for line, row in zip(acts, data, strict=True):
-        line[: len(row["acts"])] = torch.tensor(row["acts"])
-    check(gradients, one_big_batch(make_model, config, DATA, columns={"acts": acts}))
+    _, gradients = trained(make_trainer, config, data)
+    check(gradients, one_big_batch(make_model, config, DATA, columns={"acts": padded(data, "acts")}))
 
 
 @pytest.mark.parametrize(
@@ -207,20 +206,15 @@ def test_a_column_says_where_a_term_acts_under_accumulation(loss, make_trainer, 
     [({"example_weights": "importance"}, "example_weights"), ({"dice": {"where": "importance"}}, "dice.where")],
 )
 def test_a_missing_column_is_said(key, name, make_trainer):  # noqa: F811
-    trainer, _ = accumulated(make_trainer, "cross_entropy", DATA)
-    install(trainer.model, Objective.from_config({"cross_entropy": 1.0, **key}))
-    attach(trainer)
     with pytest.raises(ValueError, match=rf"cv_loss\.{name}: the batch has no column importance, only"):
-        trainer.train()
+        trained(make_trainer, {"cross_entropy": 1.0, **key}, DATA)
 
 
 def test_a_column_that_does_not_fit_is_said(make_trainer):  # noqa: F811
+    key = {"cross_entropy": 1.0, "example_weights": "importance"}
     for given, message in [([1.0, 2.0], "has 2 numbers for"), ("much", "is 'much' in an example; give a number")]:
-        trainer, _ = accumulated(make_trainer, "cross_entropy", [{**row, "importance": given} for row in DATA])
-        install(trainer.model, Objective.from_config({"cross_entropy": 1.0, "example_weights": "importance"}))
-        attach(trainer)
         with pytest.raises(ValueError, match=rf"cv_loss\.example_weights: importance {message}"):
-            trainer.train()
+            trained(make_trainer, key, [{**row, "importance": given} for row in DATA])
 
 
 @pytest.mark.parametrize("loss", ["prior_weighted", "anchored", "importance_weighted"])
@@ -229,30 +223,18 @@ def test_a_reference_under_accumulation(loss, make_trainer, make_model):  # noqa
     data = [
         {**row, "base": [-0.1 * (1 + (i + n) % 7) for n in range(len(row["labels"]))]} for i, row in enumerate(DATA)
     ]
-    trainer, gradients = accumulated(make_trainer, config, data)
-    install(trainer.model, Objective.from_config(config))
-    attach(trainer)
-    trainer.train()
-    base = torch.zeros(collate(DATA)["labels"].shape)
-    for line, row in zip(base, data, strict=True):
-        line[: len(row["base"])] = torch.tensor(row["base"])
-    check(gradients, one_big_batch(make_model, config, DATA, columns={"base": base}))
+    _, gradients = trained(make_trainer, config, data)
+    check(gradients, one_big_batch(make_model, config, DATA, columns={"base": padded(data, "base")}))
 
 
 def test_a_reference_that_is_not_there_is_said(make_trainer):  # noqa: F811
-    def trained(config, data):
-        trainer, _ = accumulated(make_trainer, config, data)
-        install(trainer.model, Objective.from_config(config))
-        attach(trainer)
-        trainer.train()
-
     with pytest.raises(RuntimeError, match=r"cv_loss\.anchored: it needs log p of each token under a reference model"):
-        trained("anchored", DATA)
+        trained(make_trainer, "anchored", DATA)
     named = {"anchored": 1.0, "reference_logps": "base"}
     with pytest.raises(ValueError, match=r"cv_loss\.reference_logps: the batch has no column base, only"):
-        trained(named, DATA)
+        trained(make_trainer, named, DATA)
     with pytest.raises(ValueError, match=r"cv_loss\.reference_logps: base has 1 numbers for"):
-        trained(named, [{**row, "base": -1.0} for row in DATA])
+        trained(make_trainer, named, [{**row, "base": -1.0} for row in DATA])
 
 
 @pytest.mark.hosts
