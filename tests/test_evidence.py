@@ -84,10 +84,17 @@ def test_what_is_decided_follows_the_lines(page, monkeypatch, tmp_path):
     lines = of_two("slots")
     choice = [line for line in lines if line["stage"] == "choice"]
     lines += [line for seed in (9, 10) for line in change(choice, seed=seed)]
-    assert "Nothing is decided here yet" not in write(page, monkeypatch, tmp_path / "all", problems=lines)
+    text = write(page, monkeypatch, tmp_path / "all", problems=lines)
+    assert "Nothing is decided here yet" not in text
+    assert "topk_cross_entropy: better than cross_entropy." in text
+    assert "an end of those that were tried. A better" not in text
+    low = [line for line in lines if line["rate"] <= 0.0045]
+    text = write(page, monkeypatch, tmp_path / "low", problems=low)
+    assert "The rate of cross_entropy is an end of those that were tried. A better one" in text
     some = [line for line in lines if line["seed"] != 10]
     text = write(page, monkeypatch, tmp_path / "some", problems=some)
     assert f"the seeds 0, 9, 10, and {len(choice)} of its {3 * len(choice)} runs are missing" in text
+    assert "better than cross_entropy." not in text
     assert " |  |  | `topk_cross_entropy` |" in page.guide(page.GUIDE.read_text())
 
 

@@ -104,19 +104,26 @@ def page() -> str:
     for name, task in TASKS.items():
         found = summary(lines_of(name))
         if found is not None:
-            text += [f"## {task.heading}\n", f"{task.about}\n", *caution(task, found)]
-            text += [*written(name, found), *other_rates(found), *left(task, found)]
+            unsettled = caution(task, found)
+            text += [f"## {task.heading}\n", f"{task.about}\n", *unsettled]
+            text += [*written(name, found, decided=not unsettled), *other_rates(found), *left(task, found)]
             text += [*kept_back(name, found), *screen(name)]
     return "\n".join([*text, *explained()])
 
 
-def written(folder: str, found: Summary, level: int = 3) -> list[str]:
-    """Figure, sentence, tables and facts; the rules are at the top of the page."""
+def written(folder: str, found: Summary, level: int = 3, decided: bool = True) -> list[str]:
+    """Figure and sentence, where something is decided; tables and facts. The rules are at the top of the page."""
     text = []
-    if any(row.difference for row in found.rows):
+    if decided and any(row.difference for row in found.rows):
         text.append(f"![Differences from {BASELINE}](../benchmarks/evidence/results/{folder}/forest.svg)\n")
+        text.append(f"{report.headline(found)}\n")
+        if any(row.name == BASELINE and row.at_the_end for row in found.rows):
+            text.append(
+                f"The rate of {BASELINE} is an end of those that were tried. A better one may lie beyond, and take "
+                "some of the differences away.\n"
+            )
     facts = " ".join(report.facts(found)).replace("*", "\\*")
-    return [*text, f"{report.headline(found)}\n", *report.markdown_of(report.tables(found), level), f"{facts}\n"]
+    return [*text, *report.markdown_of(report.tables(found), level), f"{facts}\n"]
 
 
 def caution(task: Task, found: Summary) -> list[str]:
