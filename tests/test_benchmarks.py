@@ -22,6 +22,7 @@ import gpu_report  # noqa: E402
 import loss_cost  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import statistics_cost  # noqa: E402
 import training_step  # noqa: E402
 
 SETTINGS = cases.Settings(300, 32, 400, "float32", "cpu", "trained", 64)  # the last document is shorter
@@ -45,6 +46,21 @@ def bench(monkeypatch, tmp_path, in_process):
         return tmp_path
 
     return run
+
+
+def test_losses_of_all_logits_beside_cross_entropy(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["statistics_cost.py", "--rows=4", "--rounds=2", f"--out={tmp_path}"])
+    try:
+        statistics_cost.main()
+    finally:
+        torch.set_num_threads(threads)
+    with (tmp_path / "statistics_cost_cpu.csv").open() as file:
+        rows = {row["loss"]: row for row in csv.DictReader(file)}
+    assert float(rows["cross_entropy"]["ratio"]) == 1
+    assert {"asymmetric", "gem", "sparsemax", "idft"} < rows.keys()
+    assert not {"focal", "dice", "ldam"} & rows.keys()
+    assert all(float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"]) for row in rows.values())
 
 
 @linux
