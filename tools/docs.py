@@ -97,8 +97,8 @@ def all_logits(text: str) -> str:
     machine, settings = measured["machine"], measured["settings"]
     shape = ", ".join(f"{short} {settings[name]}" for short, name in (("N", "rows"), ("H", "hidden"), ("V", "vocab")))
     about = (
-        f"{machine['cpu']}, one thread, torch {machine['torch']}; {shape}, {settings['dtype']}; seconds of the processor, "
-        f"median of {measured['rounds']} rounds by turns in one process; the machine had other work."
+        f"{machine['cpu']}, one thread, torch {machine['torch']}; {shape}, {settings['dtype']}; seconds of the "
+        f"processor, median of {measured['rounds']} rounds by turns in one process; the machine had other work."
     )
     rows = table([("loss", "time, cross_entropy 1", "over the rounds"), *found])
     return f"{before}{ROWS_START}\n{rows}\n\n{about}\n{ROWS_END}{after}"
