@@ -107,7 +107,7 @@ def test_the_committed_rates_follow_the_rule():
         about = setting.about
         for loss in setting.losses:
             swept = [
-                {"rate": line["lr"], "nll": line["validation"]["nll"]}
+                {"rate": line["lr"], "seed": line["seed"], "nll": line["validation"]["nll"]}
                 for line in lines
                 if (line["stage"], line["loss"]) == ("sweep", loss)
                 and all(line[name] == about[name] for name in summary.SETTING)
