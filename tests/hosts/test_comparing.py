@@ -166,14 +166,18 @@ def test_killed_in_the_middle_it_goes_on(sft, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     (first,) = lines_of(out)
+    other = json.loads(first) | {"objective": "mix", "cv_loss": {"cross_entropy": 0.6, "lovasz": 0.4}, "rate": 2e-2}
     with (out / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")  # a final run at a rate that is not the one now
         file.write('{"stage": "final", "objec')  # as a kill leaves it
 
     process = start(sft, out, *options, "--jobs", 2, cwd=tmp_path)
     printed = process.communicate(timeout=400)[0]
     assert process.returncode == 0, printed
+    assert "4 of 4, about 0 s left" in printed
     assert lines_of(out)[0] == first
     found = [json.loads(text) for text in lines_of(out) if text.endswith("}")]
+    found.remove(other)
     assert sorted(line["objective"] for line in found) == ["cross_entropy", "dice", "mix"]
     for line in found:
         assert (line["seed"], line["rate"], line["steps"], line["rows"]) == (7, 1e-2, 5, 8)

@@ -354,6 +354,8 @@ def execute(plan: Plan, comparison: Comparison, jobs: int, progress: "Progress")
     def stage_of(stage: str, runs: Sequence[Run]) -> None:
         keys = {run: comparison.key(stage, plan.objectives[run.objective], run) for run in runs}
         todo = [run for run in runs if keys[run] not in comparison.done]
+        if stage == "final":
+            progress.expect(len(todo))
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 for _ in pool.map(lambda run: work(stage, run), todo):
@@ -398,6 +400,11 @@ class Progress:
         )
         self.all = self.bars.add_task("runs", total=self.total, completed=done)
         self.jobs_tasks = [self.bars.add_task("", total=None, visible=False) for _ in range(jobs)]
+
+    def expect(self, runs: int) -> None:
+        """So many are to come: the rates are known now, and with them which final runs are there."""
+        self.total = self.done + runs
+        self.bars.update(self.all, total=self.total)
 
     def say(self, slot: int, text: str) -> None:
         self.bars.update(self.jobs_tasks[slot], description=text, visible=True)
