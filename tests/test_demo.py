@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,9 @@ def test_the_tokenizer_gives_back_what_it_read_and_keeps_digits_apart():
     assert build_model(tokenizer).config.vocab_size == len(tokenizer)
 
 
-def test_quickstart_yaml_is_the_mix_of_the_paper():
+def test_quickstart_yaml_is_the_mix_of_the_readme():
     config = yaml.safe_load((DEMO.parent / "example_configs" / "quickstart.yaml").read_text())
-    assert config["cv_loss"] == {"cross_entropy": 0.6, "lovasz": 0.4}
+    diff = (DEMO.parent / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    added = yaml.safe_load(textwrap.dedent("\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))))
+    assert config["cv_loss"] == added["cv_loss"]
+    assert config["plugins"] == added["plugins"]
