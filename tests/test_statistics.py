@@ -203,6 +203,29 @@ def test_float32_loses_no_more_than_torch(name):
     assert (ours - exact).abs().max() <= 3 * (torchs - exact).abs().max() + largest * V * torch.finfo(torch.float32).eps
 
 
+OF_ALL_TOKENS = ("mean_logit", "mean_logp", "vocab_size", "own_temperature", "own_tempered_odds")  # ruled out or not
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [*((name, {}) for name in DEFINITIONS if name not in OF_ALL_TOKENS), ("other_powers", {"at_0": 0.0})],
+)
+def test_a_token_that_is_ruled_out_is_as_if_it_were_not_there(name, at):
+    logits = 2 * torch.randn(N, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    more = torch.cat([logits, torch.full((N, 2), -torch.inf)], 1)
+    labels = torch.arange(N)
+    with temporary_losses():
+        registered(name)
+        objective = Objective.from_config({"mine": {"weight": 1.0, **at}})
+        (wanted, expected), (value, gradient) = (
+            (loss.detach(), *torch.autograd.grad(loss, leaf))
+            for leaf in (logits.requires_grad_(), more.requires_grad_())
+            for loss in [objective.from_logits(leaf, labels, shift=False).loss]
+        )
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(gradient, torch.nn.functional.pad(expected, (0, 2)))
+
+
 def test_terms_share_a_statistic_and_differ_in_its_parameter():
     def at_one(tempered_odds, temperature: float = 1.0):
         return torch.nn.functional.softplus(tempered_odds)

@@ -191,9 +191,14 @@ def _sparse_own(block: Block, _: Any) -> Tensor:
     return (away + block.values["sparse_depth"]).clamp_min(0) - 1
 
 
+def _exponent(block: Block, gamma: float) -> float:
+    """The smallest number in the place of 0, which times the -inf of a token that is ruled out would be NaN."""
+    return max(gamma, torch.finfo(block.away.dtype).tiny)
+
+
 def _power_mass(block: Block, gamma: float) -> Tensor:
     """p^gamma is its sum times a softmax."""
-    block.memo["powers", gamma], lse = _softmax_of_others(block, gamma)
+    block.memo["powers", gamma], lse = _softmax_of_others(block, _exponent(block, gamma))
     return (lse + gamma * block.values["top"]).exp().squeeze(1)
 
 
@@ -204,7 +209,7 @@ def _powers(block: Block, gamma: float) -> Tensor:
 
 def _powers_pull(block: Block, gamma: float) -> Tensor:
     """p_j^gamma (gamma log p_j + 1), divided by the sum of p_j^gamma."""
-    others = _others(block, gamma)
+    others = _others(block, _exponent(block, gamma))
     q = torch.softmax(others, 1, out=block.room())
     return others.add_(gamma * block.values["top"] + 1).clamp_min_(torch.finfo(q.dtype).min).mul_(q)
 
