@@ -74,7 +74,7 @@ TASKS = {
         (1, 2, 3),
     ),
 }
-INTRODUCTION = f"""# Evidence
+INTRODUCTION = """# Evidence
 
 Does another objective than cross-entropy help? Made with `cvloss compare` ([how it works](compare.md)): for each
 objective the learning rate is chosen on validation rows with seeds of their own, then it is trained with fresh seeds,
@@ -82,8 +82,8 @@ and scored on test rows, on which nothing was chosen. The lines of all runs are 
 `benchmarks/evidence/results`, and this page is written from them; how to make them
 again says [benchmarks/evidence](../benchmarks/evidence/README.md). If nothing else is said, a mix is 0.6 of
 cross-entropy and 0.4 of the other loss, and `k` of topk_cross_entropy is 0.3.
-
-{report.RULE}
+"""
+RULES = f"""{report.RULE}
 
 {report.READING}
 
@@ -100,7 +100,7 @@ def lines_of(task: str) -> list[dict[str, Any]]:
 
 
 def page() -> str:
-    text = [INTRODUCTION]
+    text = [INTRODUCTION, f"{verdicts('')}\n", RULES]
     for name, task in TASKS.items():
         found = summary(lines_of(name))
         if found is not None:
@@ -158,6 +158,11 @@ def caution(task: Task, found: Summary) -> list[str]:
 def guide(text: str) -> str:
     """The page on which loss to take, with a new table of what is decided."""
     before, after = text.split(GUIDE_START)[0], text.split(GUIDE_END)[1]
+    return f"{before}{GUIDE_START}\n{verdicts('evidence.md')}\n{GUIDE_END}{after}"
+
+
+def verdicts(page: str) -> str:
+    """What is decided, a row a task, with links into the page of evidence."""
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
     for name, task in TASKS.items():
@@ -175,9 +180,8 @@ def guide(text: str) -> str:
                 of[verdict].append(f"`{row.name}`{figure}")
         anchor = re.sub(r"[^a-z0-9 -]", "", task.heading.lower()).replace(" ", "-")
         seeds = str(max(len(row.seeds) for row in found.rows))
-        rows.append([f"[{task.heading}](evidence.md#{anchor})", seeds, *map(", ".join, of.values())])
-    table = "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
-    return f"{before}{GUIDE_START}\n{table}\n{GUIDE_END}{after}"
+        rows.append([f"[{task.heading}]({page}#{anchor})", seeds, *map(", ".join, of.values())])
+    return "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
 
 
 def _points(row: report.Row) -> str:
