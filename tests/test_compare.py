@@ -271,6 +271,13 @@ def test_a_screen_has_the_tables_of_the_choice_alone(lines, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"table.md"}
 
 
+def test_in_a_screen_by_nll_what_diverged_is_the_last():
+    found = {"a": 0.3, "diverged": None, "cross_entropy": 0.2, "b": 0.4, "c": 0.1}
+    screen = [{**line(name, 0, "1", stage="choice", nll=nll), "scores": {}} for name, nll in found.items()]
+    ((_, rows),) = report.ranking(screen).values()
+    assert [row[0] for row in rows] == ["c", "cross_entropy", "a", "b", "diverged"]
+
+
 def test_steps_that_differ_are_no_fair_comparison(lines):
     lines[-1]["steps"] = 9
     assert "not a fair one" in report.markdown(report.summary(lines))

@@ -1,6 +1,7 @@
 """table.md, forest.svg and report.html of the lines of a comparison. Needs no torch."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,8 +260,9 @@ def ranking(lines: Sequence[Line]) -> dict[str, tuple[list[str], list[list[str]]
     main, base = metrics[0], runs.get(BASELINE, {})
     means = {name: _means([metrics_of(line) for line in own.values()]) for name, own in runs.items()}
     header = ["objective", "rate", "seeds", f"{title(main)}{_unit(main)}", f"minus {BASELINE}, by seed"]
-    rows = []
-    for name in sorted(runs, key=lambda name: means[name][main], reverse=main != NLL):
+    rows, sign = [], 1 if main == NLL else -1
+    # A mean that is NaN, of a training that diverged, has no order of its own: it is the last.
+    for name in sorted(runs, key=lambda name: (math.isnan(means[name][main]), sign * means[name][main])):
         own = runs[name]
         seeds = sorted(own.keys() & base.keys()) if name != BASELINE else []
         differences = [metrics_of(own[seed])[main] - metrics_of(base[seed])[main] for seed in seeds]
