@@ -117,6 +117,7 @@ def test_kept_back_and_screen_are_on_the_page(page, monkeypatch, tmp_path):
     same = [*base.values(), *change(base.values(), objective="topk_cross_entropy")]
     text = write(page, monkeypatch, tmp_path / "same", slots=lines, slots_kept_back=same)
     assert "That topk_cross_entropy is better than cross_entropy is not confirmed." in text
+    assert " |  |  | `topk_cross_entropy` +6.4 ± 1.1 (on data kept back " in text  # not decided
 
 
 def test_the_screen_has_every_loss_that_next_token_data_can_train():

@@ -176,6 +176,8 @@ def verdicts(page: str) -> str:
                 figure = "" if verdict == "not decided" else _points(row)
                 for other in again.rows if again and figure else ():
                     if other.name == row.name and other.difference:
+                        # What does not come out once more is not decided.
+                        verdict = verdict if other.verdict == verdict else "not decided"
                         figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
                 of[verdict].append(f"`{row.name}`{figure}")
         anchor = re.sub(r"[^a-z0-9 -]", "", task.heading.lower()).replace(" ", "-")
