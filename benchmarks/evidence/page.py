@@ -4,6 +4,7 @@ lines in results/.
 python benchmarks/evidence/page.py
 """
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -99,10 +100,19 @@ def lines_of(task: str) -> list[dict[str, Any]]:
     return read_lines(results(task) / "runs.jsonl")
 
 
+def summary_of(task: str) -> Summary | None:
+    return _summary(results(task) / "runs.jsonl")
+
+
+@functools.cache  # seconds, for the bootstrap, and each is asked for several times
+def _summary(file: Path) -> Summary | None:
+    return summary(read_lines(file))
+
+
 def page() -> str:
     text = [INTRODUCTION, f"{verdicts('')}\n", RULES]
     for name, task in TASKS.items():
-        found = summary(lines_of(name))
+        found = summary_of(name)
         if found is not None:
             unsettled = caution(task, found)
             text += [f"## {task.heading}\n", f"{task.about}\n", *unsettled]
@@ -166,9 +176,9 @@ def verdicts(page: str) -> str:
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
     for name, task in TASKS.items():
-        if (found := summary(lines_of(name))) is None:
+        if (found := summary_of(name)) is None:
             continue
-        again = summary(lines_of(f"{name}_kept_back"))
+        again = summary_of(f"{name}_kept_back")
         of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
         for row in found.rows:
             if row.difference:
@@ -230,7 +240,7 @@ def left(task: Task, found: Summary) -> list[str]:
 
 def kept_back(name: str, found: Summary) -> list[str]:
     """What was better, once more: rows that no choice has seen, and fresh seeds."""
-    again = summary(lines_of(f"{name}_kept_back"))
+    again = summary_of(f"{name}_kept_back")
     if again is None:
         return []
     before = {row.name: row.verdict for row in found.rows}
