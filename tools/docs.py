@@ -41,6 +41,8 @@ SPEED_CASES = (
     "0.6 cross_entropy + 0.4 tversky",
     "0.6 cross_entropy + 0.4 lovasz",
     "0.6 cross_entropy + 0.2 generalized_dice + 0.2 lovasz",
+    "gem",
+    "sparsemax",
     "floor: 2 matrix products, frozen head",
     "0.6 cross_entropy + 0.2 generalized_dice + 0.2 lovasz, frozen head",
 )

@@ -326,7 +326,7 @@ steps of the tables, each loss alone had its gradient taken on the same four mic
 
 - Pulling on hard tokens is not enough to gain. focal has more of its pull on tokens with p < 0.5 than cross_entropy,
   and at half of the training and at its end more than topk_cross_entropy has; on slots it is not told from
-  cross_entropy.
+  cross_entropy. On word problems, where more of the tokens get easy, it does gain.
 - topk_cross_entropy has a gradient of another direction early in the training, when no token is easy yet. Later it has
   nearly the direction of cross_entropy and about 1 / k times its length, as the hardest tokens have most of its
   gradient anyway. The length alone should do little: AdamW divides by it, and gradients above 1 are cut to 1 here.
@@ -334,9 +334,9 @@ steps of the tables, each loss alone had its gradient taken on the same four mic
   less than a third. Their direction is another one, and more of their pull is on easy tokens than that of
   cross_entropy, not less.
 
-So the part of the supposition about easy tokens is not borne out. That the gain is made early, by the other direction,
-would fit, and is not shown by this: the [screen](../benchmarks/evidence/screen.yaml) has objectives that would tell,
-topk_cross_entropy at the start alone and later alone, and focal with the share of topk_cross_entropy.
+So on slots the part of the supposition about easy tokens is not borne out. That the gain is made early, by the other
+direction, would fit, and is not shown by this: the [screen](../benchmarks/evidence/screen.yaml) has objectives
+that would tell, topk_cross_entropy at the start alone and later alone, and focal with the share of topk_cross_entropy.
 
 The pull of a loss on a token is the norm of its gradient in the token's hidden state, and is summed; the last two
 tables are of the gradient in all weights.
