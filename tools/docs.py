@@ -55,21 +55,29 @@ def built_in() -> dict[str, list[Loss]]:
     return {family: found for family, found in families.items() if found}
 
 
+def between(text: str, start: str, end: str, written: str) -> str:
+    """The text with something else between two marks."""
+    return f"{text.split(start)[0]}{start}\n{written}\n{end}{text.split(end)[1]}"
+
+
+def shape(settings: dict) -> str:
+    """Of a benchmark's hidden states and head."""
+    return ", ".join(f"{short} {settings[name]}" for short, name in (("N", "rows"), ("H", "hidden"), ("V", "vocab")))
+
+
 def readme(text: str) -> str:
     """The README with a new table of losses."""
-    before, after = text.split(START)[0], text.split(END)[1]
     rows = [("key", "what it is")]
     for family, losses in built_in().items():
         page = f"{PAGES.relative_to(REPOSITORY)}/{family}.md"
         for loss in losses:
             first = re.split(r"[;:] |\. ", described(loss)["summary"])[0].rstrip(".")
             rows.append((f"[`{loss.name}`]({page}#{loss.name})", first))
-    return f"{before}{START}\n{table(rows)}\n{END}{after}"
+    return between(text, START, END, table(rows))
 
 
 def speed(text: str) -> str:
     """The page of performance with a new table of seconds and memory, as ratios to cross-entropy on full logits."""
-    before, after = text.split(SPEED_START)[0], text.split(SPEED_END)[1]
     measured = json.loads(SPEED.read_text(encoding="utf-8"))
     results = {row["case"]: row for row in measured["results"]}
     rows = [("forward and backward", "time", "over the rounds", "peak memory")]
@@ -80,35 +88,31 @@ def speed(text: str) -> str:
     rounds = sorted({row["rounds"] for row in results.values() if row["case"] != row["base"]})
     rounds = " to ".join(str(number) for number in dict.fromkeys((rounds[0], rounds[-1])))
     machine, settings = measured["machine"], measured["settings"]
-    shape = ", ".join(f"{short} {settings[name]}" for short, name in (("N", "rows"), ("H", "hidden"), ("V", "vocab")))
     about = (
-        f"{machine['cpu']}, {machine['torch threads']} threads, torch {machine['torch']}; {shape}, "
+        f"{machine['cpu']}, {machine['torch threads']} threads, torch {machine['torch']}; {shape(settings)}, "
         f"{settings['dtype']}; median of {rounds} rounds, each case in a process of its own."
     )
-    return f"{before}{SPEED_START}\n{table(rows)}\n\n{about}\n{SPEED_END}{after}"
+    return between(text, SPEED_START, SPEED_END, f"{table(rows)}\n\n{about}")
 
 
 def all_logits(text: str) -> str:
     """The page of performance with a new table of the losses that look at all logits, as ratios to cross_entropy."""
-    before, after = text.split(ROWS_START)[0], text.split(ROWS_END)[1]
     measured = json.loads(ROWS.read_text(encoding="utf-8"))
-    beside = [row for row in measured["results"] if row["loss"] != "cross_entropy"]
-    results = sorted(beside, key=lambda row: row["ratio"])
-    spread = [f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}" for row in results]
-    found = [(f"`{row['loss']}`", f"{row['ratio']:.2f}", said) for row, said in zip(results, spread, strict=True)]
+    rows = [("loss", "time, cross_entropy 1", "over the rounds")]
+    for row in sorted(measured["results"], key=lambda row: row["ratio"]):
+        if row["loss"] != "cross_entropy":
+            spread = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
+            rows.append((f"`{row['loss']}`", f"{row['ratio']:.2f}", spread))
     machine, settings = measured["machine"], measured["settings"]
-    shape = ", ".join(f"{short} {settings[name]}" for short, name in (("N", "rows"), ("H", "hidden"), ("V", "vocab")))
     about = (
-        f"{machine['cpu']}, one thread, torch {machine['torch']}; {shape}, {settings['dtype']}; seconds of the "
-        f"processor, median of {measured['rounds']} rounds by turns in one process; the machine had other work."
+        f"{machine['cpu']}, one thread, torch {machine['torch']}; {shape(settings)}, {settings['dtype']}; seconds of "
+        f"the processor, median of {measured['rounds']} rounds by turns in one process; the machine had other work."
     )
-    rows = table([("loss", "time, cross_entropy 1", "over the rounds"), *found])
-    return f"{before}{ROWS_START}\n{rows}\n\n{about}\n{ROWS_END}{after}"
+    return between(text, ROWS_START, ROWS_END, f"{table(rows)}\n\n{about}")
 
 
 def gpu(text: str) -> str:
     """The page of performance with what was measured on a GPU, or with the figures of a model before it was."""
-    before, after = text.split(GPU_START)[0], text.split(GPU_END)[1]
     sys.path.append(str(BENCHMARKS))
     import gpu_report
 
@@ -116,17 +120,16 @@ def gpu(text: str) -> str:
     found = "\n\n".join([said, *map(table, tables)])
     if (picture := gpu_report.RESULTS.with_suffix(".png")).exists():
         found += f"\n\n![Milliseconds of heads on a GPU](../{picture.relative_to(REPOSITORY)})"
-    return f"{before}{GPU_START}\n{found}\n{GPU_END}{after}"
+    return between(text, GPU_START, GPU_END, found)
 
 
 def paper(text: str) -> str:
     """The page of evidence with the results of the paper's experiment."""
-    before, after = text.split(PAPER_START)[0], text.split(PAPER_END)[1]
     sys.path.append(str(PAPER))
     import summary
 
     found = summary.markdown(summary.read_lines(PAPER / "results" / "runs.jsonl"), formulas=False)
-    return f"{before}{PAPER_START}\n{found}{PAPER_END}{after}"
+    return between(text, PAPER_START, PAPER_END, found.removesuffix("\n"))
 
 
 def page(family: str, losses: list[Loss]) -> str:
