@@ -2,13 +2,34 @@
 
 import math
 import re
+import signal
+import time
 
+import psutil
 import pytest
 from scipy import stats
 
 from axolotl_cvloss import available_losses
 from axolotl_cvloss.command.compare import command, plan, report, running
+from axolotl_cvloss.command.compare.children import Child
 from axolotl_cvloss.command.compare.statistics import bootstrap, holm, paired, verdict
+
+TOLD = """
+import atexit, os, subprocess, sys, time
+
+
+def main():
+    if sys.argv[2] == "wait":
+        print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"]).pid, flush=True)
+        time.sleep(99)
+    atexit.register(print, "gone")
+    print(sys.argv[1:], os.environ["CVLOSS_TOLD"])
+    sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
+"""
 
 
 def test_paired_t_by_hand():
@@ -288,3 +309,27 @@ def test_all_losses_of_the_catalogue_are_mixed_with_cross_entropy():
     assert set(found) == set(available_losses())
     assert found["lovasz"] == {"cross_entropy": 0.6, "lovasz": 0.4}
     assert found["cross_entropy"] == {"cross_entropy": 1.0}
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_child_runs_a_module_with_its_output_in_a_file(tmp_path, monkeypatch, forked):
+    """And with what is to be done at its exit; its end is the end of what it started."""
+    (tmp_path / "told.py").write_text(TOLD)
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "told.log"
+    log.write_text("from the last time, and longer than what comes now" * 9)
+    child = Child("told", ["a", "3"], log, {"CVLOSS_TOLD": "so"}, forked)
+    while child.code is None:
+        time.sleep(0.05)
+    assert child.code == 3
+    assert log.read_text() == "['a', '3'] so\ngone\n"
+    child = Child("told", ["a", "wait"], log, {}, forked)
+    while not log.read_text():
+        time.sleep(0.05)
+    child.end()
+    assert child.code == -signal.SIGKILL
+    started = int(log.read_text())
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(started) and psutil.Process(started).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -4,6 +4,7 @@ It starts this module under ``accelerate launch``, as ``trl sft`` starts its scr
 too. What runs then is TRL's script with the config and the trainer of this package.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -65,7 +66,14 @@ def built(config: Path, folder: str, changes: Mapping[str, Any]) -> CVLossSFTTra
     return found[0]
 
 
-if __name__ == "__main__":
-    script, training, model, datasets, *_ = parsed(sys.argv[1:])
+def main() -> None:
+    """Train in this process. What has arguments for accelerate's launcher is started by that, if it was not yet."""
+    script, training, model, datasets, *for_launcher = parsed(sys.argv[1:])
+    if any(for_launcher) and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return command()
     set_seed(training.seed)  # SFTTrainer draws the start of LoRA before the Trainer sets the seed
-    sft.main(script, training, model, datasets)
+    return sft.main(script, training, model, datasets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """The commands ``cvloss compare`` and ``cvloss predict``. Only click is imported at the top, so that help is quick."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ def compare(
         raise click.ClickException(f"--score: {error}") from error
     _needs_extra()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on from here"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))  # of each run
     console = Console(highlight=False, stderr=True)
     try:
         with alone(out):

@@ -66,6 +66,10 @@ def longest_answer(rows: Sequence[Row]) -> int:
     return math.ceil(1.25 * max((len(split(row)[1]) for row in rows), default=0))
 
 
-if __name__ == "__main__":
+def main() -> None:
     host, config, out = sys.argv[1:]
     write({"axolotl": of_axolotl, "trl": of_trl}[host](Path(config)), Path(out))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,14 +13,14 @@ import platform
 import queue
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import yaml
 from ..scorers import score_pairs
 from . import plan as plans
 from . import rows
+from .children import Child, can_fork, preload
 from .plan import Line, Plan, Run
 
 PACKAGES = ("axolotl-cvloss", "torch", "transformers", "trl", "axolotl", "peft")
@@ -93,18 +94,27 @@ def _text(path: str) -> str:
         return ""
 
 
-def program(host: str) -> list[str]:
-    """The command that trains, without its config."""
-    name = {"axolotl": "axolotl", "trl": "cvloss-sft"}[host]
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        raise RunFailed(f"{name} is not installed; pip install 'axolotl-cvloss[{host}]'")
-    return [found, "train"] if host == "axolotl" else [found, "--config"]
+@dataclass(frozen=True)
+class Program:
+    """A module that trains with a config, in one process: a launcher would import the host once more, and Axolotl's
+    asks for a config of accelerate."""
+
+    module: str
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # of the module, when it runs
 
 
-def more_arguments(host: str) -> list[str]:
-    # One process a run: Axolotl would start accelerate, which asks for a config of its own.
-    return ["--launcher", "python"] if host == "axolotl" else []
+PROGRAMS = {
+    "axolotl": Program(
+        "axolotl.cli.main",
+        ("train",),
+        ("--launcher", "python"),
+        ("axolotl.cli.train", "axolotl.common.datasets", "axolotl.core.builders", "axolotl_cvloss.plugin"),
+    ),
+    "trl": Program("axolotl_cvloss.hosts.trl_cli", ("--config",)),
+}
+PREDICT, ROWS = (f"axolotl_cvloss.command.compare.{name}" for name in ("predict", "rows"))
 
 
 class Comparison:
@@ -126,7 +136,12 @@ class Comparison:
         self.file, self.work = out / "runs.jsonl", out / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / ".gitignore").write_text("*\n")
-        self.children: set[subprocess.Popen[bytes]] = set()
+        self.program = PROGRAMS[host]
+        if find_spec(self.program.module.partition(".")[0]) is None:
+            raise RunFailed(f"{host} is not installed; pip install 'axolotl-cvloss[{host}]'")
+        self.forks = can_fork(gpus())
+        preload([self.program.module, *self.program.imports, PREDICT])
+        self.children: set[Child] = set()
         self.stopping = False
         self.lock = threading.Lock()
         more = {"score": score, "validation": validation, "new_tokens": new_tokens}
@@ -152,11 +167,7 @@ class Comparison:
         if not file.exists():
             config = self.work / "rows.yaml"
             config.write_text(yaml.safe_dump(self.config, sort_keys=False))
-            self.process(
-                [sys.executable, "-m", "axolotl_cvloss.command.compare.rows", self.host, str(config), str(file)],
-                self.work / "rows.log",
-                None,
-            )
+            self.process(ROWS, [self.host, str(config), str(file)], self.work / "rows.log", None)
         found = rows.read(file)
         count = round(validation * len(found)) if validation < 1 else int(validation)
         if not 0 < count < len(found):
@@ -174,38 +185,40 @@ class Comparison:
         self.counts = {"validation": count, "test": len(found) - count}
 
     def process(
-        self, command: Sequence[str], log: Path, gpu: str | None, on_log: Callable[[str], None] = lambda text: None
+        self,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        gpu: str | None,
+        on_log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Run a command to its end, its output in the log."""
+        """Run a module to its end, its output in the log."""
         # A rate at which training diverges is a result, the worst.
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "CVLOSS_GO_ON": "1"}
+        environment = {"TOKENIZERS_PARALLELISM": "false", "CVLOSS_GO_ON": "1"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with log.open("wb") as out:
+        with self.lock:
+            if self.stopping:
+                raise RunFailed("stopped")
+            child = Child(module, arguments, log, environment, self.forks)
+            self.children.add(child)
+        try:
+            while child.code is None:
+                time.sleep(0.2)
+                on_log(_end_of(log))
+        finally:
+            child.end()
             with self.lock:
-                if self.stopping:
-                    raise RunFailed("stopped")
-                child = subprocess.Popen(
-                    command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-                )
-                self.children.add(child)
-            try:
-                while child.poll() is None:
-                    time.sleep(0.2)
-                    on_log(_end_of(log))
-            finally:
-                _end(child)
-                with self.lock:
-                    self.children.discard(child)
-        if child.returncode:
+                self.children.discard(child)
+        if child.code:
             tail = _end_of(log, 6000).replace("\r", "\n").splitlines()[-25:]
-            raise RunFailed("\n".join([*tail, f"{command[0]} ended with code {child.returncode}; its log is {log}"]))
+            raise RunFailed("\n".join([*tail, f"{module} ended with code {child.code}; its log is {log}"]))
 
     def stop(self) -> None:
         with self.lock:
             self.stopping = True
             for child in self.children:
-                _end(child)
+                child.end()
 
     def run(self, stage: str, run: Run, objective: Any, gpu: str | None, say: Callable[[str], None]) -> Line:
         """Train, or take the training of the choice, then predict and score."""
@@ -215,10 +228,9 @@ class Comparison:
         part = "validation" if stage == "choice" else "test"
         start = time.monotonic()
         predictions = folder / f"{part}.jsonl"
-        command = [sys.executable, "-m", "axolotl_cvloss.command.compare.predict", str(folder / "model")]
-        command += [str(self.parts[part]), str(predictions)]
-        command += ["--batch", str(self.batch), "--new-tokens", str(self.new_tokens)]
-        self.process(command, folder / f"{part}.log", gpu, lambda text: say(_last_line(text, f"{part} ")))
+        arguments = [str(folder / "model"), str(self.parts[part]), str(predictions)]
+        arguments += ["--batch", str(self.batch), "--new-tokens", str(self.new_tokens)]
+        self.process(PREDICT, arguments, folder / f"{part}.log", gpu, lambda text: say(_last_line(text, f"{part} ")))
         records = rows.read(predictions)
         line: Line = {
             "stage": stage,
@@ -268,7 +280,8 @@ class Comparison:
             if found := STEP.findall(text):
                 say("step {} of {}".format(*found[-1]))
 
-        self.process([*program(self.host), str(file), *more_arguments(self.host)], log, gpu, on_log)
+        arguments = [*self.program.before, str(file), *self.program.after]
+        self.process(self.program.module, arguments, log, gpu, on_log)
         steps = [int(of) for _, of in STEP.findall(log.read_text(errors="replace"))]
         known = {"key": key, "steps": steps[-1] if steps else None, "seconds": round(time.monotonic() - start, 1)}
         attempt.rename(model)
@@ -294,14 +307,6 @@ class Comparison:
 
 def _run_of(line: Line) -> Run:
     return Run(line["objective"], line["rate"], line["seed"])
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    """With all that it started."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
 
 
 def _end_of(log: Path, size: int = 2000) -> str:
