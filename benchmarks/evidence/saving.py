@@ -21,7 +21,14 @@ def save_model(out: Path, tokenizer: Any, model: Any) -> None:
 
 
 def save_pretrained(out: Path, name: str) -> None:
-    """A model of the hub or of a folder, in float32."""
+    """A model of the hub or of a folder, or a GGUF file, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    save_model(out, AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype="float32"))
+    place, file = (str(Path(name).parent), Path(name).name) if name.endswith(".gguf") else (name, None)
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype="float32")
+    if file:
+        # transformers takes the begin of a message for its end, too.
+        for which in ("eos", "pad"):
+            setattr(tokenizer, f"{which}_token", tokenizer.convert_ids_to_tokens(model.config.eos_token_id))
+    save_model(out, tokenizer, model)
