@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from axolotl_cvloss import Objective
+from axolotl_cvloss.engine.vocabulary import count_labels
 from axolotl_cvloss.hosts.trl_cli import built
 
 HERE = Path(__file__).resolve().parent
@@ -29,13 +30,15 @@ EASY, EASIEST, HARD = 0.9, 0.99, 0.5  # p of the target
 RATE = 3e-3
 
 
-def objectives() -> dict[str, Objective]:
-    """cross_entropy, then of each mix in objectives.yaml the other term alone."""
+def objectives(task: str, label_counts: Tensor) -> dict[str, Objective]:
+    """cross_entropy, then of each mix that was compared with it the other term alone."""
     found = {"cross_entropy": Objective.from_config("cross_entropy")}
-    for name, mix in yaml.safe_load((HERE / "objectives.yaml").read_text()).items():
+    files = [HERE / "objectives.yaml", HERE / f"objectives_{task}_chosen.yaml"]
+    mixes = {name: mix for file in files if file.exists() for name, mix in yaml.safe_load(file.read_text()).items()}
+    for name, mix in mixes.items():
         _, (loss, value) = mix.items()
         parameters = {key: v for key, v in value.items() if key != "weight"} if isinstance(value, dict) else {}
-        found[name] = Objective.from_config({loss: {"weight": 1.0, **parameters}})
+        found[name] = Objective.from_config({loss: {"weight": 1.0, **parameters}}, label_counts=label_counts)
     return found
 
 
@@ -99,7 +102,8 @@ def measure(task: str) -> list[dict[str, Any]]:
         trainer: Any = built(HERE / f"{task}.yaml", folder, changes)
         steps = trainer.args.max_steps
         ends = [round(point * steps) for point in POINTS]
-        sums = {end: Sums(objectives()) for end in ends}
+        counts = count_labels(trainer.data_collator([row])["labels"] for row in trainer.train_dataset)
+        sums = {end: Sums(objectives(task, counts)) for end in ends}
         train = trainer.training_step
 
         def training_step(model: nn.Module, inputs: dict[str, Tensor], *more: Any) -> Tensor:

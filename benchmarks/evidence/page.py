@@ -23,7 +23,8 @@ PAGE = ROOT / "docs" / "evidence.md"
 GUIDE = ROOT / "docs" / "which-loss.md"
 GUIDE_START, GUIDE_END = "<!-- Verdicts: written by benchmarks/evidence/page.py -->", "<!-- end of verdicts -->"
 EXPLAIN = HERE / "results" / "explain.jsonl"
-FOLDERS = ("", "_kept_back", "_screen")  # beside results/TASK
+FOLDERS = ("", "_kept_back", "_screen", "_chosen")  # beside results/TASK
+CHOSEN = ": the best of its screen"
 
 
 @dataclass
@@ -117,7 +118,7 @@ def page() -> str:
             unsettled = caution(task, found)
             text += [f"## {task.heading}\n", f"{task.about}\n", *unsettled]
             text += [*written(name, found, decided=not unsettled), *other_rates(found), *left(task, found)]
-            text += [*kept_back(name, found), *screen(name)]
+            text += [*kept_back(name), *screen(name), *chosen(name)]
     return "\n".join([*text, *explained()])
 
 
@@ -176,24 +177,30 @@ def verdicts(page: str) -> str:
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
     for name, task in TASKS.items():
-        if (found := summary_of(name)) is None:
-            continue
-        again = summary_of(f"{name}_kept_back")
-        of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
-        for row in found.rows:
-            if row.difference:
-                verdict = "not decided" if caution(task, found) else row.verdict
-                figure = "" if verdict == "not decided" else _points(row)
-                for other in again.rows if again and figure else ():
-                    if other.name == row.name and other.difference:
-                        # What does not come out once more is not decided.
-                        verdict = verdict if other.verdict == verdict else "not decided"
-                        figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
-                of[verdict].append(f"`{row.name}`{figure}")
-        anchor = re.sub(r"[^a-z0-9 -]", "", task.heading.lower()).replace(" ", "-")
-        seeds = str(max(len(row.seeds) for row in found.rows))
-        rows.append([f"[{task.heading}]({page}#{anchor})", seeds, *map(", ".join, of.values())])
+        for end, more in (("", ""), ("_chosen", CHOSEN)):
+            if (found := summary_of(name + end)) is None:
+                continue
+            again = summary_of(f"{name}_kept_back")
+            of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
+            for row in found.rows:
+                if row.difference:
+                    verdict = "not decided" if not end and caution(task, found) else row.verdict
+                    figure = "" if verdict == "not decided" else _points(row)
+                    for other in again.rows if again and figure else ():
+                        if other.name == row.name and other.difference:
+                            # What does not come out once more is not decided.
+                            verdict = verdict if other.verdict == verdict else "not decided"
+                            figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
+                    of[verdict].append(f"`{row.name}`{figure}")
+            seeds = str(max(len(row.seeds) for row in found.rows))
+            heading = task.heading + more
+            link = f"[{heading}]({page}#{anchor(heading)})"
+            rows.append([link, seeds, *map(", ".join, of.values())])
     return "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
 
 
 def _points(row: report.Row) -> str:
@@ -238,22 +245,26 @@ def left(task: Task, found: Summary) -> list[str]:
     return [f"Not run yet: {'; '.join(missing)}.\n"] if missing else []
 
 
-def kept_back(name: str, found: Summary) -> list[str]:
+def kept_back(name: str) -> list[str]:
     """What was better, once more: rows that no choice has seen, and fresh seeds."""
     again = summary_of(f"{name}_kept_back")
     if again is None:
         return []
-    before = {row.name: row.verdict for row in found.rows}
+    summaries = [found for end in ("_chosen", "") if (found := summary_of(name + end))]
+    before = {row.name: row.verdict for found in summaries for row in found.rows}
     said = []
     for row in again.rows:
         if row.difference and before.get(row.name) in ("better", "worse"):
             confirmed = "confirmed" if row.verdict == before[row.name] else "not confirmed"
             said.append(f"That {row.name} is {before[row.name]} than {BASELINE} is {confirmed}.")
+    found = summaries[-1]
     rates = [next((row.rate for row in of.rows if row.name == BASELINE), None) for of in (again, found)]
     runs = [finals_of(found).get((BASELINE, rate)) for rate in rates if rate is not None]
     if rates[0] != rates[1] and all(runs):
-        here, chosen = (f"{100 * fmean(own.values()):.1f} % at {rate:g}" for own, rate in zip(runs, rates, strict=True))
-        said.append(f"The rate of {BASELINE} is not the one chosen above, where it has {here} and {chosen}.")
+        here, is_chosen = (
+            f"{100 * fmean(own.values()):.1f} % at {rate:g}" for own, rate in zip(runs, rates, strict=True)
+        )
+        said.append(f"The rate of {BASELINE} is not the one chosen above, where it has {here} and {is_chosen}.")
     about = f"Rows that no choice has seen, other seeds, nothing left to choose. {' '.join(said)}".rstrip()
     return ["### Once more, on data that are kept back\n", f"{about}\n", *written(f"{name}_kept_back", again, level=4)]
 
@@ -266,6 +277,15 @@ def screen(name: str) -> list[str]:
     objectives = len({line["objective"] for line in lines})
     about = f"{objectives} objectives on {lines[0]['rows']} validation rows, seeds {seeds}. {report.SCREEN}"
     return ["### A screen of the catalogue\n", f"{about}\n", *report.markdown_of(report.ranking(lines), level=4)]
+
+
+def chosen(name: str) -> list[str]:
+    """What the screen said to confirm."""
+    found = summary_of(f"{name}_chosen")
+    if found is None:
+        return []
+    about = "The five best losses of the screen, with fresh seeds and on the test rows, each at its own rate."
+    return [f"### {TASKS[name].heading}{CHOSEN}\n", f"{about}\n", *written(f"{name}_chosen", found, level=4)]
 
 
 def explained() -> list[str]:
