@@ -4,14 +4,14 @@ import math
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 from scipy import stats
 
 from axolotl_cvloss import available_losses
-from axolotl_cvloss.command.compare import command, plan, report, running
-from axolotl_cvloss.command.compare.children import Child
+from axolotl_cvloss.command.compare import children, command, plan, report, running
 from axolotl_cvloss.command.compare.statistics import bootstrap, holm, paired, verdict
 
 TOLD = """
@@ -23,8 +23,13 @@ def main():
         print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"]).pid, flush=True)
         time.sleep(99)
     atexit.register(print, "gone")
-    print(sys.argv[1:], os.environ["CVLOSS_TOLD"])
-    sys.exit(3)
+    hook = sys.excepthook
+    sys.excepthook = lambda *error: (hook(*error), sys.stderr.flush(), print("hooked", flush=True))
+    if sys.argv[2] == "an error":
+        1 / 0
+    where = sys.modules["__main__"].__name__
+    print(sys.argv[1:], os.environ["CVLOSS_TOLD"], where, repr(os.read(0, 1).decode()))
+    sys.exit(int(sys.argv[2]))
 
 
 if __name__ == "__main__":
@@ -311,25 +316,78 @@ def test_all_losses_of_the_catalogue_are_mixed_with_cross_entropy():
     assert found["cross_entropy"] == {"cross_entropy": 1.0}
 
 
-@pytest.mark.parametrize("forked", [False, True])
-def test_a_child_runs_a_module_with_its_output_in_a_file(tmp_path, monkeypatch, forked):
-    """And with what is to be done at its exit; its end is the end of what it started."""
+@pytest.fixture(params=["forked", "by itself"])
+def started(request, tmp_path, monkeypatch):
+    """Starts the module of TOLD with these arguments and environment; the child and its log."""
     (tmp_path / "told.py").write_text(TOLD)
     monkeypatch.chdir(tmp_path)
     log = tmp_path / "told.log"
     log.write_text("from the last time, and longer than what comes now" * 9)
-    child = Child("told", ["a", "3"], log, {"CVLOSS_TOLD": "so"}, forked)
-    while child.code is None:
-        time.sleep(0.05)
-    assert child.code == 3
-    assert log.read_text() == "['a', '3'] so\ngone\n"
-    child = Child("told", ["a", "wait"], log, {}, forked)
-    while not log.read_text():
-        time.sleep(0.05)
-    child.end()
-    assert child.code == -signal.SIGKILL
-    started = int(log.read_text())
+    forks = children.Forks(["no_such_module", "told"], tmp_path / "imports.log") if request.param == "forked" else None
+    begin = children.start if forks is None else forks.start
+    yield lambda *arguments, **environment: (begin("told", arguments, log, environment), log)
+    if forks is not None:
+        forks.close()
+
+
+def wait(done):
     deadline = time.monotonic() + 60
-    while psutil.pid_exists(started) and psutil.Process(started).status() != psutil.STATUS_ZOMBIE:
+    while not done():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def ended(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_is_as_if_it_was_called(started):
+    child, log = started("a", "3", CVLOSS_TOLD="so")
+    wait(lambda: child.poll() is not None)
+    assert child.poll() == 3
+    assert log.read_text() == "['a', '3'] so __main__ ''\ngone\n"
+    child, log = started("a", "an error", CVLOSS_TOLD="so")
+    wait(lambda: child.poll() is not None)
+    assert child.poll() == 1
+    assert log.read_text().endswith("ZeroDivisionError: division by zero\nhooked\ngone\n")
+
+
+def test_a_child_ends_with_what_it_started(started):
+    child, log = started("a", "wait")
+    wait(lambda: log.read_text().endswith("\n"))
+    children.end(child)
+    assert child.poll() == -signal.SIGKILL
+    wait(lambda: ended(int(log.read_text())))
+
+
+def test_many_at_once_keep_their_codes(started):
+    """Asked by a thread each, while others are started."""
+
+    def run(code):
+        child, _ = started("a", str(code), CVLOSS_TOLD="so")
+        wait(lambda: child.poll() is not None)
+        return child.poll()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(12))) == list(range(12))
+
+
+def test_forks_end_with_who_asked_for_them(tmp_path, monkeypatch):
+    """Killed, or with the process that they are forked from killed."""
+    (tmp_path / "told.py").write_text(TOLD)
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "told.log"
+    forks = children.Forks([], tmp_path / "imports.log")
+    child = forks.start("told", ["a", "wait"], log, {})
+    wait(lambda: log.read_text().endswith("\n"))
+    forks.process.stdin.close()  # as the system does it for one that is killed
+    forks.process.wait(60)
+    wait(lambda: ended(child.pid) and ended(int(log.read_text())))
+    forks = children.Forks([], tmp_path / "imports.log")
+    child = forks.start("told", ["a", "wait"], log, {})
+    wait(lambda: log.read_text().endswith("\n"))
+    forks.process.kill()
+    wait(lambda: child.poll() is not None)
+    wait(lambda: ended(child.pid) and ended(int(log.read_text())))
+    with pytest.raises(children.Gone):
+        forks.start("told", ["a", "3"], log, {})

@@ -21,6 +21,7 @@ from trl.scripts import sft
 from .trl import CVLossSFTConfig, CVLossSFTTrainer
 
 MODULE = "axolotl_cvloss.hosts.trl_cli"
+LAUNCHED = "CVLOSS_LAUNCHED"  # in the environment of what the command has started
 
 
 def parsed(arguments: list[str]) -> Any:
@@ -38,6 +39,7 @@ def command() -> None:
     *_, of_config, of_line = parsed(arguments)
     # accelerate refuses what it does not know either.
     launch_args = resolve_accelerate_config_argument([*of_config, *of_line])
+    os.environ[LAUNCHED] = "1"
     launch_command(launch_command_parser().parse_args([*launch_args, "--module", MODULE, *arguments]))
 
 
@@ -69,7 +71,7 @@ def built(config: Path, folder: str, changes: Mapping[str, Any]) -> CVLossSFTTra
 def main() -> None:
     """Train in this process. What has arguments for accelerate's launcher is started by that, if it was not yet."""
     script, training, model, datasets, *for_launcher = parsed(sys.argv[1:])
-    if any(for_launcher) and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if any(for_launcher) and LAUNCHED not in os.environ:
         return command()
     set_seed(training.seed)  # SFTTrainer draws the start of LoRA before the Trainer sets the seed
     return sft.main(script, training, model, datasets)

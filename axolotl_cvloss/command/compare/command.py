@@ -75,7 +75,7 @@ def compare(
 ) -> None:
     """Train CONFIG with several objectives, and say what the differences decide.
 
-    Every run is a process of the host's own command, with the same steps, data order and seeds. For each objective the
+    Every run is a process that trains as the host's own command does, with the same steps, data order and seeds. For each objective the
     learning rate is chosen on a part of the config's test set; with this rate it is trained with each seed and scored
     on the other part. Called again, it goes on where it was stopped.
 
@@ -109,7 +109,9 @@ def compare(
         raise click.ClickException(f"--score: {error}") from error
     _needs_extra()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on from here"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))  # of each run
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))  # of each run
     console = Console(highlight=False, stderr=True)
     try:
         with alone(out):

@@ -1,4 +1,4 @@
-"""The trainings of a comparison: a process each, by the host's own command, and a line of results for each.
+"""The trainings of a comparison: a process each, as the host's own command trains, and a line of results for each.
 
 ``OUT/runs.jsonl`` is all that a comparison remembers: a run that has its line there is done. Models, logs, configs and
 predictions are in ``OUT/work``, which may be deleted when all is done.
@@ -29,7 +29,7 @@ import yaml
 from ..scorers import score_pairs
 from . import plan as plans
 from . import rows
-from .children import Child, can_fork, preload
+from .children import Child, Forks, Gone, can_fork, end, start
 from .plan import Line, Plan, Run
 
 PACKAGES = ("axolotl-cvloss", "torch", "transformers", "trl", "axolotl", "peft")
@@ -137,10 +137,9 @@ class Comparison:
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / ".gitignore").write_text("*\n")
         self.program = PROGRAMS[host]
-        if find_spec(self.program.module.partition(".")[0]) is None:
+        if find_spec(host) is None:
             raise RunFailed(f"{host} is not installed; pip install 'axolotl-cvloss[{host}]'")
-        self.forks = can_fork(gpus())
-        preload([self.program.module, *self.program.imports, PREDICT])
+        self.forks: Forks | None = None
         self.children: set[Child] = set()
         self.stopping = False
         self.lock = threading.Lock()
@@ -200,25 +199,34 @@ class Comparison:
         with self.lock:
             if self.stopping:
                 raise RunFailed("stopped")
-            child = Child(module, arguments, log, environment, self.forks)
+            if self.forks is None and can_fork():
+                self.forks = Forks([self.program.module, *self.program.imports, PREDICT], self.work / "imports.log")
+            begin = start if self.forks is None else self.forks.start
+            try:
+                child = begin(module, arguments, log, environment)
+            except Gone as error:
+                raise RunFailed(
+                    _said(self.work / "imports.log", "the process that imports the host has ended")
+                ) from error
             self.children.add(child)
         try:
-            while child.code is None:
+            while (code := child.poll()) is None:
                 time.sleep(0.2)
                 on_log(_end_of(log))
         finally:
-            child.end()
+            end(child)
             with self.lock:
                 self.children.discard(child)
-        if child.code:
-            tail = _end_of(log, 6000).replace("\r", "\n").splitlines()[-25:]
-            raise RunFailed("\n".join([*tail, f"{module} ended with code {child.code}; its log is {log}"]))
+        if code:
+            raise RunFailed(_said(log, f"{module} ended with code {code}"))
 
     def stop(self) -> None:
         with self.lock:
             self.stopping = True
             for child in self.children:
-                child.end()
+                end(child)
+            if self.forks is not None:
+                self.forks.close()
 
     def run(self, stage: str, run: Run, objective: Any, gpu: str | None, say: Callable[[str], None]) -> Line:
         """Train, or take the training of the choice, then predict and score."""
@@ -307,6 +315,11 @@ class Comparison:
 
 def _run_of(line: Line) -> Run:
     return Run(line["objective"], line["rate"], line["seed"])
+
+
+def _said(log: Path, what: str) -> str:
+    tail = _end_of(log, 6000).replace("\r", "\n").splitlines()[-25:]
+    return "\n".join([*tail, f"{what}; its log is {log}"])
 
 
 def _end_of(log: Path, size: int = 2000) -> str:
