@@ -75,9 +75,9 @@ def compare(
 ) -> None:
     """Train CONFIG with several objectives, and say what the differences decide.
 
-    Every run is a process that trains as the host's own command does, with the same steps, data order and seeds. For each objective the
-    learning rate is chosen on a part of the config's test set; with this rate it is trained with each seed and scored
-    on the other part. Called again, it goes on where it was stopped.
+    Every run is a process that trains as the host's own command does, with the same steps, data order and seeds. For
+    each objective the learning rate is chosen on a part of the config's test set; with this rate it is trained with
+    each seed and scored on the other part. Called again, it goes on where it was stopped.
 
     For example: cvloss compare sft.yaml --out out/compare --rates 1e-4,3e-4 --seeds 0-7 --score number
     --objective 'mix={cross_entropy: 0.6, lovasz: 0.4}' --losses focal,dice
