@@ -135,6 +135,13 @@ def test_the_screen_has_every_loss_that_next_token_data_can_train():
 
 def test_what_is_said_of_the_pull_of_losses(page):
     """The sentences of the page, in figures."""
+    screen = {line["objective"]: line for line in read_lines(EVIDENCE / "results" / "slots_screen" / "runs.jsonl")}
+    topk = "topk_cross_entropy 0.4 k 0.3"
+    shown = [screen[name]["scores"]["exact_match"] for name in (f"{topk} at the start", f"{topk} later", topk)]
+    shown.append(screen["cross_entropy"]["scores"]["exact_match"])
+    said = "at the start alone had {:.1f} %, later alone {:.1f}, throughout {:.1f} and cross_entropy {:.1f}, one seed"
+    said = said.format(*(100 * score for score in shown))
+    assert said in " ".join(page.EXPLAINED.split())
     of = {}
     for text in page.EXPLAIN.read_text().splitlines():
         line = json.loads(text)
@@ -151,10 +158,15 @@ def test_what_is_said_of_the_pull_of_losses(page):
                 assert page._share(at[loss]) < 1 / 3
                 assert at[loss]["pull_on_easy"] > at[plain]["pull_on_easy"]
                 assert at[loss]["cosine_weights"] < 0.85
+            if task == "slots":
+                assert all(at[loss]["cosine_weights"] > 0.7 for loss in ("weighted_cross_entropy", "sparsemax"))
+                assert at["spherical_z"]["cosine_weights"] < 0.6
         if done <= 0.1:
             assert at[plain]["easy"] == 0
             assert topk["cosine_weights"] < 0.5 < 0.95 < focal["cosine_weights"]
             if task == "slots":
+                assert all(at[loss]["cosine_weights"] < 0.7 for loss in ("weighted_cross_entropy", "sparsemax"))
+                assert at["aldr"]["cosine_weights"] > 0.95
                 assert all(
                     page._share(at[loss]) < 0.02 for loss in ("lovasz", "generalized_dice", "self_adjusting_dice")
                 )
