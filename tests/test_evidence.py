@@ -32,8 +32,8 @@ def test_the_lines_are_of_one_fair_comparison(folder):
     assert len(runs) == len(set(runs))
     seeds = {stage: {line["seed"] for line in lines if line["stage"] == stage} for stage in ("choice", "final")}
     assert not seeds["choice"] & seeds["final"]  # the final runs are fresh
-    task = re.sub("_(kept_back|screen|chosen)$", "", folder.name)
-    for end in ("", "_kept_back", "_screen", "_chosen"):  # and so they are beside all others of the task
+    task = re.sub("_(kept_back|screen|chosen|long)$", "", folder.name)
+    for end in ("", "_kept_back", "_screen", "_chosen", "_long"):  # and so they are beside all others of the task
         beside = folder.with_name(task + end)
         assert beside == folder or not seeds["final"] & {line["seed"] for line in read_lines(beside / "runs.jsonl")}
     rates = {line["objective"]: set() for line in lines}

@@ -23,8 +23,19 @@ PAGE = ROOT / "docs" / "evidence.md"
 GUIDE = ROOT / "docs" / "which-loss.md"
 GUIDE_START, GUIDE_END = "<!-- Verdicts: written by benchmarks/evidence/page.py -->", "<!-- end of verdicts -->"
 EXPLAIN = HERE / "results" / "explain.jsonl"
-FOLDERS = ("", "_kept_back", "_screen", "_chosen")  # beside results/TASK
-CHOSEN = ": the best of its screen"
+# Comparisons beside that of a task, with their headings.
+MORE = {
+    "_chosen": (
+        ": the best of its screen",
+        "The five best losses of the screen, with fresh seeds and on the test rows, each at its own rate.",
+    ),
+    "_long": (
+        ": four times as long",
+        "800 steps, nearly two epochs, with fresh seeds: is a gain one of short training? All at one rate, which at 200 "
+        "steps is a good one for each.",
+    ),
+}
+FOLDERS = ("", "_kept_back", "_screen", *MORE)  # beside results/TASK
 
 
 @dataclass
@@ -118,7 +129,7 @@ def page() -> str:
             unsettled = caution(task, found)
             text += [f"## {task.heading}\n", f"{task.about}\n", *unsettled]
             text += [*written(name, found, decided=not unsettled), *other_rates(found), *left(task, found)]
-            text += [*kept_back(name), *screen(name), *chosen(name)]
+            text += [*kept_back(name), *screen(name), *more(name)]
     return "\n".join([*text, *explained()])
 
 
@@ -177,10 +188,10 @@ def verdicts(page: str) -> str:
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
     for name, task in TASKS.items():
-        for end, more in (("", ""), ("_chosen", CHOSEN)):
+        for end, added in [("", ""), *((end, added) for end, (added, _) in MORE.items())]:
             if (found := summary_of(name + end)) is None:
                 continue
-            again = summary_of(f"{name}_kept_back")
+            again = None if end == "_long" else summary_of(f"{name}_kept_back")
             of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
             for row in found.rows:
                 if row.difference:
@@ -193,7 +204,7 @@ def verdicts(page: str) -> str:
                             figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
                     of[verdict].append(f"`{row.name}`{figure}")
             seeds = str(max(len(row.seeds) for row in found.rows))
-            heading = task.heading + more
+            heading = task.heading + added
             link = f"[{heading}]({page}#{anchor(heading)})"
             rows.append([link, seeds, *map(", ".join, of.values())])
     return "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
@@ -283,13 +294,13 @@ def screen(name: str) -> list[str]:
     return ["### A screen of the catalogue\n", f"{about}\n", *report.markdown_of(report.ranking(lines), level=4)]
 
 
-def chosen(name: str) -> list[str]:
-    """What the screen said to confirm."""
-    found = summary_of(f"{name}_chosen")
-    if found is None:
-        return []
-    about = "The five best losses of the screen, with fresh seeds and on the test rows, each at its own rate."
-    return [f"### {TASKS[name].heading}{CHOSEN}\n", f"{about}\n", *written(f"{name}_chosen", found, level=4)]
+def more(name: str) -> list[str]:
+    """The comparisons beside it."""
+    text = []
+    for end, (added, about) in MORE.items():
+        if found := summary_of(name + end):
+            text += [f"### {TASKS[name].heading}{added}\n", f"{about}\n", *written(name + end, found, level=4)]
+    return text
 
 
 def explained() -> list[str]:
