@@ -31,8 +31,8 @@ MORE = {
     ),
     "_long": (
         ": four times as long",
-        "800 steps, nearly two epochs, with fresh seeds: is a gain one of short training? All at one rate, which at 200 "
-        "steps is a good one for each.",
+        "800 steps, nearly two epochs, with fresh seeds: is a gain one of short training? All at one rate, a good one "
+        "for each at 200 steps.",
     ),
 }
 FOLDERS = ("", "_kept_back", "_screen", *MORE)  # beside results/TASK
