@@ -58,6 +58,17 @@ def test_the_page_is_written_from_the_lines(page):
     assert guide == page.guide(guide)
 
 
+def test_what_is_read_from_the_verdicts(page):
+    """The sentences below them."""
+    gains = {
+        row.name for end in ("", "_chosen") for row in page.summary_of(f"slots{end}").rows if row.verdict == "better"
+    }
+    long = {row.name: row.verdict for row in page.summary_of("slots_long").rows}
+    assert {"topk_cross_entropy", "weighted_cross_entropy"} <= gains & long.keys()
+    others = [row for row in page.summary_of("intents_pretrained").rows if row.difference]
+    assert {row.verdict for row in others} | {long[name] for name in gains & long.keys()} == {"not decided"}
+
+
 def test_every_folder_of_lines_is_on_the_page(page):
     assert {folder.name for folder in FOLDERS} <= {f"{task}{end}" for task in page.TASKS for end in page.FOLDERS}
 

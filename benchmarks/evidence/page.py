@@ -75,7 +75,8 @@ TASKS = {
     ),
     "intents_pretrained": Task(
         "Long-tailed intents, pretrained",
-        "The same sentences and names as text, with SmolLM2-135M-Instruct, all weights trained.",
+        "Sentences and names as text, with SmolLM2-135M-Instruct, all weights trained, 60 steps of 8. Of the seven "
+        "names the rarest was in 15 of 2,786 training rows; the test rows have all alike. Sets are micro-batches.",
         (0,),
         (1, 2, 3),
     ),
@@ -95,6 +96,10 @@ and scored on test rows, on which nothing was chosen. The lines of all runs are 
 `benchmarks/evidence/results`, and this page is written from them; how to make them
 again says [benchmarks/evidence](../benchmarks/evidence/README.md). If nothing else is said, a mix is 0.6 of
 cross-entropy and 0.4 of the other loss, and `k` of topk_cross_entropy is 0.3.
+"""
+READING = """**The gains on slots are of short training.** After four times the steps nothing that shows is left of them.
+With a pretrained model nothing is decided. Who trains a model from scratch with little time may gain; for fine-tuning
+a pretrained one, nothing here speaks for another objective than cross-entropy.
 """
 RULES = f"""{report.RULE}
 
@@ -122,7 +127,7 @@ def _summary(file: Path) -> Summary | None:
 
 
 def page() -> str:
-    text = [INTRODUCTION, f"{verdicts('')}\n", RULES]
+    text = [INTRODUCTION, f"{verdicts('')}\n", READING, RULES]
     for name, task in TASKS.items():
         found = summary_of(name)
         if found is not None:
