@@ -97,9 +97,9 @@ and scored on test rows, on which nothing was chosen. The lines of all runs are 
 again says [benchmarks/evidence](../benchmarks/evidence/README.md). If nothing else is said, a mix is 0.6 of
 cross-entropy and 0.4 of the other loss, and `k` of topk_cross_entropy is 0.3.
 """
-READING = """**The gains on slots are of short training.** After four times the steps nothing that shows is left of them.
-With a pretrained model nothing is decided. Who trains a model from scratch with little time may gain; for fine-tuning
-a pretrained one, nothing here speaks for another objective than cross-entropy.
+READING = """**The gains on slots are of short training.** After four times the steps nothing that shows is left of
+them. With a pretrained model nothing is decided. Who trains a model from scratch with little time may gain; for
+fine-tuning a pretrained one, nothing here speaks for another objective than cross-entropy.
 """
 RULES = f"""{report.RULE}
 
