@@ -25,15 +25,15 @@ def test_table_and_figure_are_those_of_the_lines(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_lines_are_of_one_fair_comparison(folder):
+def test_the_lines_are_of_one_fair_comparison(folder, page):
     lines = read_lines(folder / "runs.jsonl")
     assert len({(line["setting"], line["steps"], line["score"]) for line in lines}) == 1
     runs = [json.dumps([line[key] for key in ("stage", "objective", "rate", "seed")]) for line in lines]
     assert len(runs) == len(set(runs))
     seeds = {stage: {line["seed"] for line in lines if line["stage"] == stage} for stage in ("choice", "final")}
     assert not seeds["choice"] & seeds["final"]  # the final runs are fresh
-    task = re.sub("_(kept_back|screen|chosen|long)$", "", folder.name)
-    for end in ("", "_kept_back", "_screen", "_chosen", "_long"):  # and so they are beside all others of the task
+    task = next(task for task in page.TASKS for end in page.FOLDERS if folder.name == task + end)
+    for end in page.FOLDERS:  # and so they are beside all others of the task
         beside = folder.with_name(task + end)
         assert beside == folder or not seeds["final"] & {line["seed"] for line in read_lines(beside / "runs.jsonl")}
     rates = {line["objective"]: set() for line in lines}

@@ -281,10 +281,8 @@ def kept_back(name: str) -> list[str]:
     rates = [next((row.rate for row in of.rows if row.name == BASELINE), None) for of in (again, found)]
     runs = [finals_of(found).get((BASELINE, rate)) for rate in rates if rate is not None]
     if rates[0] != rates[1] and all(runs):
-        here, is_chosen = (
-            f"{100 * fmean(own.values()):.1f} % at {rate:g}" for own, rate in zip(runs, rates, strict=True)
-        )
-        said.append(f"The rate of {BASELINE} is not the one chosen above, where it has {here} and {is_chosen}.")
+        here, chosen = (f"{100 * fmean(own.values()):.1f} % at {rate:g}" for own, rate in zip(runs, rates, strict=True))
+        said.append(f"The rate of {BASELINE} is not the one chosen above, where it has {here} and {chosen}.")
     about = f"Rows that no choice has seen, other seeds, nothing left to choose. {' '.join(said)}".rstrip()
     return ["### Once more, on data that are kept back\n", f"{about}\n", *written(f"{name}_kept_back", again, level=4)]
 
