@@ -1,11 +1,12 @@
 """SNIPS as a segmentation of text: words in, a tag a word out; and a small untrained Llama with a word-level tokenizer.
 
-python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back]
+python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back] [--intents A,B] [--model FOLDER]
 
-DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words and tags. Every prompt is filled
+DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words, tags and intent. Every prompt is filled
 up to the same number of tokens, so that a tag stands at a constant distance from its word. The test set is dev and test
 together; `cvloss compare` splits it at random. With --kept-back, for a last look at a winner, it is the end of the
-training file instead, and training and vocabulary have the rows before.
+training file instead, and training and vocabulary have the rows before. With --intents only rows of these are kept,
+and the vocabulary is that of all; with --model a trained model is taken in place of a new one.
 """
 
 import argparse
@@ -79,15 +80,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("outputs/evidence/slots"))
     parser.add_argument("--kept-back", action="store_true")
+    parser.add_argument("--intents", help="names with commas between them; without it all seven")
+    parser.add_argument("--model", help="a folder of a model that was trained on other intents")
     args = parser.parse_args()
     training, test = rows_of(args.data, "train"), rows_of(args.data, "dev", "test")
     if args.kept_back:
         training, last = training[:-KEPT_BACK], training[-KEPT_BACK:]
         test = unseen(last, training)
+    tokenizer = build_tokenizer(training)
+    if args.intents:
+        names = args.intents.split(",")
+        training, test = ([row for row in rows if row["intent"] in names] for rows in (training, test))
     save_rows(args.out, train=map(example, training), test=map(example, test))
     print(f"{len(training)} training rows, {len(test)} test rows")
-    tokenizer = build_tokenizer(training)
-    save_model(args.out, tokenizer, build_model(tokenizer))
+    save_model(args.out, tokenizer, LlamaForCausalLM.from_pretrained(args.model) if args.model else build_model(tokenizer))
 
 
 if __name__ == "__main__":
