@@ -1,12 +1,13 @@
 """SNIPS as a segmentation of text: words in, a tag a word out; and a small untrained Llama with a word-level tokenizer.
 
-python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back] [--intents A,B] [--model FOLDER]
+python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back]
+python benchmarks/evidence/make_slots.py DATA --intents A,B [--model FOLDER] [--out FOLDER]
 
-DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words, tags and intent. Every prompt is filled
-up to the same number of tokens, so that a tag stands at a constant distance from its word. The test set is dev and test
-together; `cvloss compare` splits it at random. With --kept-back, for a last look at a winner, it is the end of the
-training file instead, and training and vocabulary have the rows before. With --intents only rows of these are kept,
-and the vocabulary is that of all; with --model a trained model is taken in place of a new one.
+DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words, tags and intent. Every prompt
+is filled up to the same number of tokens, so that a tag stands at a constant distance from its word. The test set is
+dev and test together; `cvloss compare` splits it at random. With --kept-back, for a last look at a winner, it is the
+end of the training file instead, and training and vocabulary have the rows before. With --intents there are only rows
+of these, with the vocabulary of all; with --model a trained model is taken in place of a new one.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def main() -> None:
         training, test = ([row for row in rows if row["intent"] in names] for rows in (training, test))
     save_rows(args.out, train=map(example, training), test=map(example, test))
     print(f"{len(training)} training rows, {len(test)} test rows")
-    save_model(args.out, tokenizer, LlamaForCausalLM.from_pretrained(args.model) if args.model else build_model(tokenizer))
+    model = LlamaForCausalLM.from_pretrained(args.model) if args.model else build_model(tokenizer)
+    save_model(args.out, tokenizer, model)
 
 
 if __name__ == "__main__":
