@@ -7,7 +7,7 @@ python benchmarks/evidence/page.py
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,29 +23,19 @@ PAGE = ROOT / "docs" / "evidence.md"
 GUIDE = ROOT / "docs" / "which-loss.md"
 GUIDE_START, GUIDE_END = "<!-- Verdicts: written by benchmarks/evidence/page.py -->", "<!-- end of verdicts -->"
 EXPLAIN = HERE / "results" / "explain.jsonl"
-# Comparisons beside that of a task, with their headings.
-MORE = {
-    "_chosen": (
-        ": the best of its screen",
-        "The five best losses of the screen, with fresh seeds and on the test rows, each at its own rate.",
-    ),
-    "_long": (
-        ": four times as long",
-        "800 steps, nearly two epochs, with fresh seeds: is a gain one of short training? All at one rate, a good one "
-        "for each at 200 steps.",
-    ),
-}
-FOLDERS = ("", "_kept_back", "_screen", *MORE)  # beside results/TASK
+FOLDERS = ("", "_kept_back", "_screen", "_chosen", "_long")  # beside results/TASK
 
 
 @dataclass
 class Task:
-    """``choice_seeds`` and ``seeds`` are those of the plan."""
+    """``choice_seeds`` and ``seeds`` are those of the plan; ``more`` has, by the end of its folder's name, what a
+    comparison beside the task's adds to its heading, and what is said about it."""
 
     heading: str
     about: str
     choice_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
+    more: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 TASKS = {
@@ -57,6 +47,17 @@ TASKS = {
         "runs, as all objectives had preferred the higher of two.",
         (0,),
         tuple(range(1, 9)),
+        {
+            "_chosen": (
+                ": the best of its screen",
+                "The five best losses of the screen, with fresh seeds and on the test rows, each at its own rate.",
+            ),
+            "_long": (
+                ": four times as long",
+                "800 steps, nearly two epochs, with fresh seeds: is a gain one of short training? All at one rate, a "
+                "good one for each at 200 steps.",
+            ),
+        },
     ),
     "problems": Task(
         "Word problems, from scratch",
@@ -189,30 +190,38 @@ def guide(text: str) -> str:
 
 
 def verdicts(page: str) -> str:
-    """What is decided, a row a task, with links into the page of evidence."""
+    """What is decided, a row a comparison, with links into the page of evidence."""
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
     for name, task in TASKS.items():
-        for end, added in [("", ""), *((end, added) for end, (added, _) in MORE.items())]:
+        for end, (added, _) in {"": ("", ""), **task.more}.items():
             if (found := summary_of(name + end)) is None:
                 continue
-            again = None if end == "_long" else summary_of(f"{name}_kept_back")
-            of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
-            for row in found.rows:
-                if row.difference:
-                    verdict = "not decided" if not end and caution(task, found) else row.verdict
-                    figure = "" if verdict == "not decided" else _points(row)
-                    for other in again.rows if again and figure else ():
-                        if other.name == row.name and other.difference:
-                            # What does not come out once more is not decided.
-                            verdict = verdict if other.verdict == verdict else "not decided"
-                            figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
-                    of[verdict].append(f"`{row.name}`{figure}")
-            seeds = str(max(len(row.seeds) for row in found.rows))
             heading = task.heading + added
+            seeds = str(max(len(row.seeds) for row in found.rows))
+            again = None if end == "_long" else summary_of(f"{name}_kept_back")
+            settled = bool(end) or not caution(task, found)
             link = f"[{heading}]({page}#{anchor(heading)})"
-            rows.append([link, seeds, *map(", ".join, of.values())])
+            rows.append([link, seeds, *map(", ".join, by_verdict(found, again, settled).values())])
     return "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
+
+
+def by_verdict(found: Summary, again: Summary | None, settled: bool) -> dict[str, list[str]]:
+    """Objectives with their figures. Of what is decided only that stands which comes out once more in ``again``."""
+    of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
+    once_more = {row.name: row for row in again.rows if row.difference} if again else {}
+    for row in found.rows:
+        if not row.difference:
+            continue
+        verdict = row.verdict if settled else "not decided"
+        figure = ""
+        if verdict != "not decided":
+            figure = _points(row)
+            if other := once_more.get(row.name):
+                figure += f" (on data kept back {_points(other).strip()}: {other.verdict})"
+                verdict = verdict if other.verdict == verdict else "not decided"
+        of[verdict].append(f"`{row.name}`{figure}")
+    return of
 
 
 def anchor(heading: str) -> str:
@@ -300,7 +309,7 @@ def screen(name: str) -> list[str]:
 def more(name: str) -> list[str]:
     """The comparisons beside it."""
     text = []
-    for end, (added, about) in MORE.items():
+    for end, (added, about) in TASKS[name].more.items():
         if found := summary_of(name + end):
             text += [f"### {TASKS[name].heading}{added}\n", f"{about}\n", *written(name + end, found, level=4)]
     return text
