@@ -325,7 +325,7 @@ def _in_process(module: str, *arguments: str) -> bool:
     import os
     import subprocess
 
-    from .compare.running import gpus
+    from .compare.machine import gpus
 
     command = [sys.executable, "-m", f"axolotl_cvloss.command.{module}", *arguments]
     one = {"CUDA_VISIBLE_DEVICES": found[0]} if (found := gpus()) else {}

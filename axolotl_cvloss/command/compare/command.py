@@ -88,7 +88,8 @@ def compare(
 
     from ..scorers import scorer
     from .plan import Plan, problem
-    from .running import Comparison, Progress, RunFailed, alone, execute
+    from .progress import Progress
+    from .running import Comparison, RunFailed, alone, counted, execute
 
     data, host = _config(config, host)
     if wrong := problem(host, data):
@@ -122,7 +123,7 @@ def compare(
                 soft_wrap=True,
             )
             comparison.prepare()
-            progress = Progress(plan, comparison, jobs, console)
+            progress = Progress(*counted(plan, comparison), jobs, console)
             try:
                 with progress.bars:
                     failed = execute(plan, comparison, jobs, progress)

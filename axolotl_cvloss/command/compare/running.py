@@ -5,21 +5,17 @@ predictions are in ``OUT/work``, which may be deleted when all is done.
 """
 
 import contextlib
-import datetime
 import json
 import math
 import os
-import platform
 import queue
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,9 +26,10 @@ from ..scorers import score_pairs
 from . import plan as plans
 from . import rows
 from .children import Child, Forks, Gone, can_fork, end, start
+from .machine import about, gpus
 from .plan import Line, Plan, Run
+from .progress import Progress
 
-PACKAGES = ("axolotl-cvloss", "torch", "transformers", "trl", "axolotl", "peft")
 STEP = re.compile(r"(?:^|[\r\n])\s*\d+%\|[^|\r\n]*\| *(\d+)/(\d+) \[")  # the bar of the Trainer, which has no name
 
 
@@ -55,43 +52,6 @@ def append(file: Path, line: Line) -> None:
         out.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
         out.flush()
         os.fsync(out.fileno())
-
-
-def gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name; asked without torch, whose CUDA the children shall have to themselves."""
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(place) for place, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
-
-
-def about() -> dict[str, Any]:
-    cpu = re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo"))
-    machine = {
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-    if gpus():
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-        machine["gpus"] = [re.sub(r" \(UUID.*", "", line) for line in listed.splitlines()]
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"date": date, "machine": machine, "versions": versions}
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 @dataclass(frozen=True)
@@ -347,7 +307,16 @@ def chosen_rates(plan: Plan, comparison: Comparison) -> dict[str, float]:
     return rates
 
 
-def execute(plan: Plan, comparison: Comparison, jobs: int, progress: "Progress") -> list[str]:
+def counted(plan: Plan, comparison: Comparison) -> tuple[int, int]:
+    """All runs, and those that have their lines. The rates of final runs are not known yet, so any rate counts."""
+    choice = plan.choice()
+    names = {(line["objective"], line["seed"]) for line in comparison.lines if line["stage"] == "final"}
+    finals = [(name, seed) for seed in plan.seeds for name in plan.objectives]
+    done = sum(comparison.key("choice", plan.objectives[run.objective], run) in comparison.done for run in choice)
+    return len(choice) + len(finals), done + sum(final in names for final in finals)
+
+
+def execute(plan: Plan, comparison: Comparison, jobs: int, progress: Progress) -> list[str]:
     """Everything that has no line yet. What failed, in words: the other runs go on without it."""
     failed: list[str] = []
     devices = gpus()
@@ -391,66 +360,6 @@ def execute(plan: Plan, comparison: Comparison, jobs: int, progress: "Progress")
             comparison.throw_away(run)
     stage_of("final", finals)
     return failed
-
-
-class Progress:
-    """One bar over all runs, what each job is doing, and the time that is left by the runs so far."""
-
-    def __init__(self, plan: Plan, comparison: Comparison, jobs: int, console: Any) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
-
-        self.console, self.jobs, self.spent = console, jobs, [0.0, 0]
-        names = {(line["stage"], line["objective"], line["seed"]) for line in comparison.lines}
-        todo = [("choice", run.objective, run.seed) for run in plan.choice()]
-        todo += [("final", name, seed) for seed in plan.seeds for name in plan.objectives]
-        # The rates of final runs are not known yet; those of the choice are counted by their lines.
-        done = sum(
-            comparison.key("choice", plan.objectives[run.objective], run) in comparison.done for run in plan.choice()
-        ) + sum(stage == "final" and (stage, name, seed) in names for stage, name, seed in todo)
-        self.total, self.done = len(todo), done
-        self.bars = Bars(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self.all = self.bars.add_task("runs", total=self.total, completed=done)
-        self.jobs_tasks = [self.bars.add_task("", total=None, visible=False) for _ in range(jobs)]
-
-    def expect(self, runs: int) -> None:
-        """So many are to come: the rates are known now, and with them which final runs are there."""
-        self.total = self.done + runs
-        self.bars.update(self.all, total=self.total)
-
-    def say(self, slot: int, text: str) -> None:
-        self.bars.update(self.jobs_tasks[slot], description=text, visible=True)
-
-    def finished(self, slot: int, what: str, line: Line, seconds: float) -> None:
-        self.spent[0] += seconds
-        self.spent[1] += 1
-        self.done += 1
-        nll = "not finite" if line["nll"] is None else f"{line['nll']:.4f}"
-        scores = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in line.get("scores", {}).items())
-        left = (self.total - self.done) * self.spent[0] / self.spent[1] / self.jobs
-        self.bars.update(self.all, completed=self.done, description=f"runs, about {_duration(left)} left")
-        self.bars.update(self.jobs_tasks[slot], visible=False)
-        self.console.print(
-            f"{what}: NLL {nll}{scores} ({seconds:.0f} s; {self.done} of {self.total}, about {_duration(left)} left)",
-            markup=False,
-            soft_wrap=True,
-        )
-
-    def failed(self, slot: int, text: str) -> None:
-        self.bars.update(self.jobs_tasks[slot], visible=False)
-        self.console.print(text, markup=False, style="red")
-
-
-def _duration(seconds: float) -> str:
-    if seconds > 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 @contextlib.contextmanager
