@@ -1,6 +1,6 @@
 """Where in a training with cross_entropy does each loss pull, on easy tokens or on hard ones, and which way?
 
-python benchmarks/evidence/explain.py slots|problems
+python benchmarks/evidence/explain.py slots|slots_further|problems
 
 Trains the task's config once with cross_entropy. On the last steps before some points of the training, the micro-batch
 of the step is also given to each loss alone, whose gradients are taken in the hidden states before the head and in the
@@ -33,7 +33,7 @@ RATE = 3e-3
 def objectives(task: str, label_counts: Tensor) -> dict[str, Objective]:
     """cross_entropy, then of each mix that was compared with it the other term alone."""
     found = {"cross_entropy": Objective.from_config("cross_entropy")}
-    files = [HERE / "objectives.yaml", HERE / f"objectives_{task}_chosen.yaml"]
+    files = [HERE / f"objectives{end}.yaml" for end in ("", f"_{task}", f"_{task}_chosen")]
     mixes = {name: mix for file in files if file.exists() for name, mix in yaml.safe_load(file.read_text()).items()}
     for name, mix in mixes.items():
         _, (loss, value) = mix.items()
@@ -120,7 +120,7 @@ def measure(task: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["slots", "problems"])
+    parser.add_argument("task", choices=["slots", "slots_further", "problems"])
     task = parser.parse_args().task
     lines = [json.loads(text) for text in FILE.read_text().splitlines()] if FILE.exists() else []
     lines = [line for line in lines if line["task"] != task] + measure(task)

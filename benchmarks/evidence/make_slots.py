@@ -1,6 +1,6 @@
 """SNIPS as a segmentation of text: words in, a tag a word out; and a small untrained Llama with a word-level tokenizer.
 
-python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back]
+python benchmarks/evidence/make_slots.py DATA [--out outputs/evidence/slots] [--kept-back] [--width 96]
 python benchmarks/evidence/make_slots.py DATA --intents A,B [--model FOLDER] [--out FOLDER]
 
 DATA has snips_train.jsonl, snips_dev.jsonl and snips_test.jsonl, with the fields words, tags and intent. Every prompt
@@ -58,15 +58,15 @@ def build_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, width: int = 96) -> LlamaForCausalLM:
     set_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=288,
+            hidden_size=width,
+            intermediate_size=3 * width,
             num_hidden_layers=2,
-            num_attention_heads=6,
+            num_attention_heads=width // 16,
             max_position_embeddings=128,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("outputs/evidence/slots"))
     parser.add_argument("--kept-back", action="store_true")
+    parser.add_argument("--width", type=int, default=96, help="of the new model's hidden states")
     parser.add_argument("--intents", help="names with commas between them; without it all seven")
     parser.add_argument("--model", help="a folder of a model that was trained on other intents")
     args = parser.parse_args()
@@ -94,7 +95,7 @@ def main() -> None:
         training, test = ([row for row in rows if row["intent"] in names] for rows in (training, test))
     save_rows(args.out, train=map(example, training), test=map(example, test))
     print(f"{len(training)} training rows, {len(test)} test rows")
-    model = LlamaForCausalLM.from_pretrained(args.model) if args.model else build_model(tokenizer)
+    model = LlamaForCausalLM.from_pretrained(args.model) if args.model else build_model(tokenizer, args.width)
     save_model(args.out, tokenizer, model)
 
 
