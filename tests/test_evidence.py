@@ -33,9 +33,10 @@ def test_the_lines_are_of_one_fair_comparison(folder, page):
     seeds = {stage: {line["seed"] for line in lines if line["stage"] == stage} for stage in ("choice", "final")}
     assert not seeds["choice"] & seeds["final"]  # the final runs are fresh
     task = next(task for task in page.TASKS for end in page.FOLDERS if folder.name == task + end)
-    for end in page.FOLDERS:  # and so they are beside all others of the task
-        beside = folder.with_name(task + end)
-        assert beside == folder or not seeds["final"] & {line["seed"] for line in read_lines(beside / "runs.jsonl")}
+    for end in page.FOLDERS:  # and so they are beside all others of the task, unless they have the same baseline
+        beside = read_lines(folder.with_name(task + end) / "runs.jsonl")
+        if folder.name != task + end and {line["objective"] for line in lines if line in beside} != {page.BASELINE}:
+            assert not seeds["final"] & {line["seed"] for line in beside}
     rates = {line["objective"]: set() for line in lines}
     for line in lines:
         if line["stage"] == "choice":
@@ -67,6 +68,16 @@ def test_what_is_read_from_the_verdicts(page):
     assert {"topk_cross_entropy", "weighted_cross_entropy"} <= gains & long.keys()
     others = [row for row in page.summary_of("intents_pretrained").rows if row.difference]
     assert {row.verdict for row in others} | {long[name] for name in gains & long.keys()} == {"not decided"}
+
+
+def test_p_values_with_more_losses_in_one_table(page):
+    def p_value(*folders):
+        lines = {json.dumps(line): line for folder in folders for line in page.lines_of(folder)}.values()
+        return next(row.p for row in report.summary(list(lines)).rows if row.name == "focal")
+
+    alone, together = p_value("problems_kept_back"), p_value("problems_kept_back", "problems_others")
+    said = page.TASKS["problems"].more["_others"][1]
+    assert f"focal, {alone:.3f} above, would be {together:.3f} by" in said
 
 
 def test_every_folder_of_lines_is_on_the_page(page):
