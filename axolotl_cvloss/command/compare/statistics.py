@@ -1,11 +1,13 @@
 """What differences over seeds and examples decide. Needs numpy and scipy, no torch."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.05
@@ -56,6 +58,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
+@functools.lru_cache(maxsize=1)  # takes nearly all the time of a bootstrap, and all objectives have the same
+def drawn(seeds: int, examples: int, resamples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The weights of examples and of seeds in each resample, (resamples, examples) and (resamples, seeds)."""
+    generator = np.random.default_rng(0)
+    of_examples, of_seeds = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in (examples, seeds))
+    return of_examples, of_seeds
+
+
 def bootstrap(
     differences: Sequence[Sequence[float]], over_seeds: bool, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
@@ -66,15 +76,9 @@ def bootstrap(
     other trainings would have. The generator is seeded: the same lines give the same interval.
     """
     table = np.asarray(differences, dtype=float)
-    seeds, examples = table.shape
-    generator = np.random.default_rng(0)
-    drawn = generator.multinomial(examples, np.full(examples, 1 / examples), size=resamples) / examples
-    of_seeds = drawn @ table.T  # resamples x seeds
-    if over_seeds:
-        weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-        means = (of_seeds * weights).sum(1)
-    else:
-        means = of_seeds.mean(1)
+    of_examples, of_seeds = drawn(*table.shape, resamples)
+    by_seed = of_examples @ table.T  # resamples x seeds
+    means = (by_seed * of_seeds).sum(1) if over_seeds else by_seed.mean(1)
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
