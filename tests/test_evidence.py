@@ -61,23 +61,34 @@ def test_the_page_is_written_from_the_lines(page):
 
 def test_what_is_read_from_the_verdicts(page):
     """The sentences below them."""
-    gains = {
-        row.name for end in ("", "_chosen") for row in page.summary_of(f"slots{end}").rows if row.verdict == "better"
-    }
-    long = {row.name: row.verdict for row in page.summary_of("slots_long").rows}
-    assert {"topk_cross_entropy", "weighted_cross_entropy"} <= gains & long.keys()
-    others = [row for row in page.summary_of("intents_pretrained").rows if row.difference]
-    assert {row.verdict for row in others} | {long[name] for name in gains & long.keys()} == {"not decided"}
+
+    def verdicts(*tasks):
+        return {row.name: row.verdict for task in tasks for row in page.summary_of(task).rows if row.difference}
+
+    slots, kept = verdicts("slots", "slots_chosen"), verdicts("slots_kept_back")
+    gains = {name for name, verdict in slots.items() if verdict == kept.get(name) == "better"}
+    assert gains == {"topk_cross_entropy", "weighted_cross_entropy", "sparsemax", "spherical_z"}
+    assert set(verdicts("slots_long").values()) == {"not decided"}
+    further = verdicts("slots_further")
+    assert gains <= further.keys()
+    assert {name for name, verdict in further.items() if verdict != "not decided"} == {"topk_cross_entropy"}
+    assert further["topk_cross_entropy"] == verdicts("slots_further_kept_back")["topk_cross_entropy"] == "worse"
+    assert verdicts("problems")["focal"] == verdicts("problems_kept_back")["focal"] == "better"
+    assert verdicts("problems_others")["sparsemax"] == "worse"
+    assert set(verdicts("intents_pretrained").values()) == {"not decided"}
 
 
 def test_p_values_with_more_losses_in_one_table(page):
-    def p_value(*folders):
+    def p_values(*folders):
         lines = {json.dumps(line): line for folder in folders for line in page.lines_of(folder)}.values()
-        return next(row.p for row in report.summary(list(lines)).rows if row.name == "focal")
+        return {row.name: row.p for row in report.summary(list(lines)).rows}
 
-    alone, together = p_value("problems_kept_back"), p_value("problems_kept_back", "problems_others")
+    together = p_values("problems_kept_back", "problems_others")
     said = page.TASKS["problems"].more["_others"][1]
-    assert f"focal, {alone:.3f} above, would be {together:.3f} by" in said
+    assert (
+        "focal {focal:.3f} and that of weighted_cross_entropy {weighted_cross_entropy:.3f}".format(**together) in said
+    )
+    assert p_values("problems_kept_back")["focal"] < 0.05 > p_values("problems_others")["weighted_cross_entropy"]
 
 
 def test_every_folder_of_lines_is_on_the_page(page):
