@@ -124,11 +124,11 @@ and scored on test rows, on which nothing was chosen. The lines of all runs are 
 again says [benchmarks/evidence](../benchmarks/evidence/README.md). If nothing else is said, a mix is 0.6 of
 cross-entropy and 0.4 of the other loss, and `k` of topk_cross_entropy is 0.3.
 """
-READING = """**The gains are of short trainings from scratch.** On slots four losses gain; after four times the steps nothing that
-shows is left, and from a model that has learned other intents none of them gains, and topk_cross_entropy loses. On
-word problems focal gains, and sparsemax, one of the four, loses. With a pretrained model nothing is decided. Who trains
-a model from scratch with little time may gain; for fine-tuning, nothing here speaks for another objective than
-cross-entropy.
+READING = """**The gains are of short trainings from scratch.** On slots four losses gain; after four times the steps
+nothing that shows is left, and from a model that has learned other intents none of them gains, and topk_cross_entropy
+loses. On word problems focal gains, and sparsemax, one of the four, loses. With a pretrained model nothing is
+decided. Who trains a model from scratch with little time may gain; for fine-tuning, nothing here speaks for another
+objective than cross-entropy.
 """
 RULES = f"""{report.RULE}
 
