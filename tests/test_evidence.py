@@ -180,11 +180,12 @@ def test_what_is_said_of_the_pull_of_losses(page):
         line = json.loads(text)
         of.setdefault((line["task"], line["step"] / line["steps"]), {})[line["loss"]] = line
     plain = "cross_entropy"
-    early, later = of["slots_further", 0.05], of["slots_further", 0.25]
+    early, later = of["slots_further", 0.05], of["slots_further", 0.1]
     assert early[plain]["easy"] > 0.5
     assert early[plain]["pull_on_hard"] == pytest.approx(0.96, abs=0.005)
     same = ("topk_cross_entropy", "weighted_cross_entropy", "sparsemax")
-    assert all(early[loss]["cosine_weights"] > 0.88 - 0.005 > 0.7 > later[loss]["cosine_weights"] for loss in same)
+    assert all(early[loss]["cosine_weights"] > 0.88 - 0.005 for loss in same)
+    assert sorted(round(later[loss]["cosine_weights"], 2) for loss in same)[::2] == [0.52, 0.61]
     for (task, done), at in of.items():
         if task not in ("slots", "problems"):
             continue
