@@ -74,7 +74,8 @@ def test_what_is_read_from_the_verdicts(page):
     assert {name for name, verdict in further.items() if verdict != "not decided"} == {"topk_cross_entropy"}
     assert further["topk_cross_entropy"] == verdicts("slots_further_kept_back")["topk_cross_entropy"] == "worse"
     assert verdicts("problems")["focal"] == verdicts("problems_kept_back")["focal"] == "better"
-    assert verdicts("problems_others")["sparsemax"] == "worse"
+    assert verdicts("problems_others") == {"sparsemax": "worse", "weighted_cross_entropy": "better"}
+    assert verdicts("problems_again") == {"focal": "not decided", "weighted_cross_entropy": "not decided"}
     assert set(verdicts("intents_pretrained").values()) == {"not decided"}
 
 
