@@ -68,7 +68,10 @@ def test_what_is_read_from_the_verdicts(page):
     slots, kept = verdicts("slots", "slots_chosen"), verdicts("slots_kept_back")
     gains = {name for name, verdict in slots.items() if verdict == kept.get(name) == "better"}
     assert gains == {"topk_cross_entropy", "weighted_cross_entropy", "sparsemax", "spherical_z"}
-    assert set(verdicts("slots_long").values()) == {"not decided"}
+    assert verdicts("slots_long") == {"topk_cross_entropy": "not decided", "weighted_cross_entropy": "not decided"}
+    intents, kept = verdicts("intents"), verdicts("intents_kept_back")
+    both = {name for name, verdict in intents.items() if verdict == kept.get(name) == "better"}
+    assert both == gains & intents.keys() == {"topk_cross_entropy", "weighted_cross_entropy"}
     further = verdicts("slots_further")
     assert gains <= further.keys()
     assert {name for name, verdict in further.items() if verdict != "not decided"} == {"topk_cross_entropy"}
