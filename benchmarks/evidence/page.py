@@ -232,29 +232,21 @@ def verdicts(page: str) -> str:
     """What is decided, a row a comparison, with links into the page of evidence."""
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
-
-    def add(heading: str, target: str, found: Summary, of: dict[str, list[str]]) -> None:
-        seeds = str(max(len(row.seeds) for row in found.rows))
-        rows.append([f"[{heading}]({page}#{anchor(target)})", seeds, *map(", ".join, of.values())])
-
     for name, task in TASKS.items():
-        kept, shown = summary_of(f"{name}_kept_back"), set()
         once_more = {"once more": summary_of(f"{name}_again")}
-        looks = {**{key: {"on data kept back": kept, **once_more} for key in SAME}, "_others": once_more}
+        kept = {"on data kept back": summary_of(f"{name}_kept_back"), **once_more}
+        again = {**dict.fromkeys(SAME, kept), "_others": once_more}
         for end, (added, _) in {"": ("", ""), **task.more}.items():
-            if found := summary_of(name + end):
-                heading = task.heading + added
-                settled = bool(end) or not caution(task, found)
-                add(heading, heading, found, by_verdict(found.rows, looks.get(end), settled))
-                shown |= {row.name for row in found.rows} if end in SAME else set()
-        if kept and (rest := [row for row in kept.rows if row.name not in shown]):
-            add(f"{task.heading}: others, on data kept back", task.heading, kept, by_verdict(rest))
+            if (found := summary_of(name + end)) is None:
+                continue
+            heading = task.heading + added
+            seeds = str(max(len(row.seeds) for row in found.rows))
+            of = by_verdict(found.rows, again.get(end, {}), settled=bool(end) or not caution(task, found))
+            rows.append([f"[{heading}]({page}#{anchor(heading)})", seeds, *map(", ".join, of.values())])
     return "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
 
 
-def by_verdict(
-    rows: list[report.Row], again: Mapping[str, Summary | None] | None = None, settled: bool = True
-) -> dict[str, list[str]]:
+def by_verdict(rows: list[report.Row], again: Mapping[str, Summary | None], settled: bool) -> dict[str, list[str]]:
     """Objectives with their figures. Of what is decided only that stands which comes out once more in ``again``."""
     of: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
     for row in rows:
@@ -264,7 +256,7 @@ def by_verdict(
         figure = ""
         if verdict != "not decided":
             figure = _points(row)
-            looks = [(said, _row_of(row.name, other)) for said, other in (again or {}).items()]
+            looks = [(said, _row_of(row.name, other)) for said, other in again.items()]
             found = [(said, other) for said, other in looks if other]
             if found:
                 told = "; ".join(f"{said} {_points(other).strip()}: {other.verdict}" for said, other in found)

@@ -18,10 +18,15 @@ def gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name; asked without torch, whose CUDA the children shall have to themselves."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name]
+    return [str(place) for place, line in enumerate(_listed()) if line.startswith("GPU")]
+
+
+def _listed() -> list[str]:
+    """A line a GPU, where there is NVIDIA's tool."""
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(place) for place, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
+    command = ["nvidia-smi", "--list-gpus"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
 def about() -> dict[str, Any]:
@@ -34,8 +39,7 @@ def about() -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if gpus():
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-        machine["gpus"] = [re.sub(r" \(UUID.*", "", line) for line in listed.splitlines()]
+        machine["gpus"] = [re.sub(r" \(UUID.*", "", line) for line in _listed()]
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
