@@ -52,13 +52,12 @@ class Weighed:
     """What the documents of some steps count by on one process: the smallest, the largest, and sums."""
 
     def __init__(self) -> None:
-        self.scale = 1.0  # makes the mean over the documents of a step 1
         self.found = torch.tensor([math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
 
     def add(self, weights: Tensor) -> None:
         """Those of one micro-batch, (D,)."""
         if len(weights):
-            weights, (smallest, largest, total, squares) = weights * self.scale, self.found
+            smallest, largest, total, squares = self.found
             least, most = torch.minimum(smallest, weights.min()), torch.maximum(largest, weights.max())
             self.found = torch.stack([least, most, total + weights.sum(), squares + weights.square().sum()])
 

@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from ..engine.examples import of_all_processes
 from ..engine.rows import COMPLETION, Rows
-from ..engine.sets import SetCounts
 from ..engine.vocabulary import count_labels
 from ..model.installation import (
     DOCUMENT_WEIGHTS,
@@ -33,8 +32,9 @@ from ..model.installation import (
 from ..objective.objective import Objective, ObjectiveResult
 from . import pruning
 from .columns import ColumnCollator
+from .logs import Logs
 from .short_answers import FEW_TOKENS, measures_overlap, told
-from .sums import FEW, Sums, Weighed
+from .sums import FEW
 from .trl_keys import parallel, savers
 from .virtual_tokens import conflicts, virtual_tokens, with_virtual_tokens
 
@@ -48,8 +48,7 @@ class ObjectiveTrainer(Trainer):
     """What a Trainer needs beside an installed objective. ``attach`` puts it right above Trainer in the bases."""
 
     cv_loss: Installation
-    _cv_sums: dict[bool, Sums]
-    _cv_gradients: Tensor | None  # of the terms, in the last micro-batch of a step that is logged
+    _cv_logs: dict[bool, Logs]  # of training and of evaluation
     _cv_last: ObjectiveResult  # of the last micro-batch
     _cv_expected: Tensor | float  # the gradient that must come back for its loss
     _cv_gradient: Tensor | None  # that which came
@@ -63,7 +62,6 @@ class ObjectiveTrainer(Trainer):
     _cv_virtual_tokens: int
     _cv_trained: Tensor  # rows of the step, on all ranks
     _cv_counted: list[Rows | None]  # of each micro-batch of the step, until it begins
-    _cv_weighed: Weighed
     _cv_pruning: pruning.Pruning | None
 
     def get_train_dataloader(self) -> Any:
@@ -122,25 +120,18 @@ class ObjectiveTrainer(Trainer):
         *masses, self._cv_trained, documents = totals.long() if objective.config.examples is None else totals
         self.cv_loss.counts = dict(zip(objective.selectors, masses, strict=True))
         if objective.config.examples is not None:
-            self._cv_weighed.scale = float(documents / masses[0])
+            self._cv_logs[True].scale = float(documents / masses[0])
         # What goes through the model must be no fraction: FSDP casts these to bfloat16 on the way.
         return self._cv_trained.long()
 
     def _cv_record(self, result: ObjectiveResult) -> None:
         training, terms = self.cv_loss.model.training, self.cv_loss.objective.terms
-        rows = [*(result.counts[term.name] for term in terms), result.n_tokens]
-        values = [*(result.terms[term.name] for term in terms), result.nll]
-        masses = [*(result.masses[term.name] for term in terms), result.n_tokens]
-        weights: list[Any] = list(masses)
+        counts = None
         if training:
-            # Of the mean over the rows of a step, this is what the rows of this micro-batch make.
             known = self.cv_loss.counts
             counts = [
                 *(known.get(term.rows, max(1, result.masses[term.name])) for term in terms),
                 self._cv_trained if known else max(1, result.n_tokens),
-            ]
-            weights = [
-                n / torch.as_tensor(count, device=result.nll.device) for n, count in zip(masses, counts, strict=True)
             ]
             # Gradients are averaged over processes. Without a count the result is the micro-batch's own mean.
             part = 1.0 if self.cv_loss.counted else result.mass / known.get(COMPLETION, max(1, result.mass))
@@ -150,23 +141,10 @@ class ObjectiveTrainer(Trainer):
                 result.loss.register_hook(self._cv_take_gradient)
             else:  # inside a checkpoint, which computes it again for the backward pass
                 self._cv_used = True
-        if result.aux_loss is not None:
-            rows, masses = [*rows, result.n_tokens], [*masses, result.n_tokens]
-            values = [*values, result.aux_loss.to(result.nll.device)]
-            weights = [*weights, 1.0 if training else result.n_tokens]  # it is a part of the mean already
-        sets = [result.sets.get(term.name, SetCounts(0, 0)) for term in terms]
-        numbers = torch.zeros(4, len(terms) + 2, dtype=torch.float64)
-        numbers[0, : len(rows)], numbers[3, : len(rows)] = torch.tensor(rows), torch.tensor(masses)
-        numbers[1:3, : len(sets)] = torch.tensor([[s.sets for s in sets], [s.classes for s in sets]])
-        if training and result.document_weights is not None:
-            self._cv_weighed.add(result.document_weights)
-        sums = self._cv_sums[training]
-        weighted = torch.stack([value.detach() * weight for value, weight in zip(values, weights, strict=True)])
-        sums.add(self.state.global_step, weighted, numbers)
-        if sums.waiting == FEW:
+        logs = self._cv_logs[training]
+        logs.add(self.state.global_step, result, counts)
+        if logs.waiting == FEW:
             self._cv_fold(training)
-        if result.gradients:
-            self._cv_gradients = torch.stack([result.gradients[term.name] for term in terms])
         self._cv_last = replace(result, loss=result.loss.detach())
 
     def _cv_take_gradient(self, gradient: Tensor) -> None:
@@ -174,27 +152,15 @@ class ObjectiveTrainer(Trainer):
 
     def _cv_fold(self, training: bool) -> None:
         """Report the first value that is not finite, at most a few micro-batches after it was there."""
-        wrong = self._cv_sums[training].fold()
-        terms = self.cv_loss.objective.terms
+        logs = self._cv_logs[training]
+        wrong = logs.fold()
         if training:
-            self._cv_lost.update(step for step, values in wrong if values[: len(terms)].isnan().any())
+            self._cv_lost.update(step for step, values in wrong if logs.lost(values))
         if wrong and not self._cv_reported:
             self._cv_reported = True
             step, values = wrong[0]
-            finite = values.isfinite().tolist()
-            names = [*(term.name for term in terms), "nll", "aux_loss"]
-            bad = ", ".join(name for name, is_finite in zip(names, finite, strict=False) if not is_finite)
+            bad, why = logs.told(values)
             when = f"in step {step + 1}" if training else f"in the evaluation after step {step}"
-            if finite[len(terms)] and not all(finite[: len(terms)]):
-                why = (
-                    "The NLL there is finite, so it is not the model but the loss: its formula at probabilities near 0 "
-                    "or 1 or at logits of -inf, or its parameters."
-                )
-            else:
-                why = (
-                    "The logits there hold NaN or infinite values; a lower learning rate or max_grad_norm helps where "
-                    "training diverged."
-                )
             logger.error(f"cv_loss: {bad} became NaN or infinite {when} on rank {self.args.process_index}. {why}")
 
     def _cv_check(self) -> None:
@@ -206,8 +172,7 @@ class ObjectiveTrainer(Trainer):
         self._cv_fold(training=True)
         lost = torch.tensor([[float(s in self._cv_lost) for s in range(step - PATIENCE, step)]])
         self._cv_lost.clear()
-        if self.args.world_size > 1:
-            lost = self.accelerator.gather(lost.to(self.args.device)).cpu()
+        lost = self._cv_of_all_processes(lost)
         if lost.any(0).all() and not os.environ.get("CVLOSS_GO_ON"):
             raise RuntimeError(
                 f"cv_loss: the objective was NaN in all {PATIENCE} steps from {step - PATIENCE + 1} to {step}, so the "
@@ -217,55 +182,15 @@ class ObjectiveTrainer(Trainer):
             )
 
     def _cv_flush(self, training: bool) -> dict[str, float]:
-        """What is logged of the batches since the last call, on all ranks, by name.
-
-        ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
-        ``loss`` is; so in training ``loss`` is the weighted sum of the terms (``eval_loss`` is a mean over examples of
-        the means of their batches). ``cv_loss/aux_loss`` is what a model adds of its own, as it is in ``loss``.
-        ``cv_loss/TERM/share`` is the norm of the weighted term's gradient in the logits over the sum of these norms, on
-        a sample of the rows of the last micro-batch; of an objective with several terms, where steps are logged.
-        ``cv_loss/TERM/tokens`` is the number of rows of a step, ``.../sets`` that of sets, ``.../classes`` that of
-        classes present in a set. ``cv_loss/examples/`` has the smallest and the largest of what documents count by,
-        where their mean is 1, and their effective number in a step, (sum w)^2 / sum w^2. An evaluation is one step, and
-        nothing is logged of one without a trained row on any rank.
-        """
+        """What is logged of the batches since the last call, on all ranks, by name."""
         self._cv_fold(training)
-        terms = self.cv_loss.objective.terms
-        # Of one shape on all ranks, whatever they have seen.
-        squares = torch.zeros(len(terms), dtype=torch.float64)
-        if training and self._cv_gradients is not None:
-            squares, self._cv_gradients = self._cv_gradients.cpu().double().square(), None
-        weighed = (self._cv_weighed if training else Weighed()).taken()
-        every = torch.cat([self._cv_sums[training].taken(), weighed, squares])[None]
+        return self._cv_logs[training].taken(self._cv_of_all_processes, self.cv_loss.progress)
+
+    def _cv_of_all_processes(self, own: Tensor) -> Tensor:
+        """(P, N) from (1, N) of each, in main memory."""
         if self.args.world_size > 1:
-            every = self.accelerator.gather(every.to(self.args.device, torch.float32)).double().cpu()
-        every, weighed, squares = every.split([every.shape[1] - 4 - len(terms), 4, len(terms)], 1)
-        norms = squares.sum(0).sqrt()
-        steps, sums = int(every[:, -1].max()) if training else 1, every[:, :-1].sum(0).view(5, len(terms) + 2)
-        if not steps or (not training and not sums[1].any()):
-            return {}
-        means = (sums[0] / (steps if training else sums[4].clamp_min(1))).tolist()
-        rows, sets, classes = (sums[1:4] / steps).tolist()
-        logs = {f"cv_loss/{term.name}": mean for term, mean in zip(terms, means, strict=False)}
-        logs["cv_loss/nll"] = means[-2]
-        if rows[-1]:
-            logs["cv_loss/aux_loss"] = means[-1]
-        total, squares = weighed[:, 2:].sum(0)
-        if float(squares):
-            logs["cv_loss/examples/smallest"] = float(weighed[:, 0].min())
-            logs["cv_loss/examples/largest"] = float(weighed[:, 1].max())
-            logs["cv_loss/examples/effective"] = float(total**2 / squares) / steps
-        for number, term in enumerate(terms):
-            if float(norms.sum()):
-                logs[f"cv_loss/{term.name}/share"] = float(norms[number] / norms.sum())
-            logs[f"cv_loss/{term.name}/tokens"] = rows[number]
-            if sets[number]:
-                logs[f"cv_loss/{term.name}/sets"] = sets[number]
-                logs[f"cv_loss/{term.name}/classes"] = classes[number] / sets[number]
-            now = term.at(self.cv_loss.progress)
-            for name in term.schedules if training else ():
-                logs[f"cv_loss/{term.name}/{name}"] = now.weight if name == "weight" else now.parameters[name]
-        return logs
+            return self.accelerator.gather(own.to(self.args.device, torch.float32)).cpu().to(own.dtype)
+        return own
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._cv_lost, self._cv_checked = set(), 0
@@ -366,7 +291,7 @@ class ObjectiveTrainer(Trainer):
                 f"cv_loss: {type(self).__name__} computes a loss of its own, so the objective would not be trained "
                 "with; use another trainer, or remove cv_loss"
             )
-        waits = self._cv_compared and self._cv_sums[True].waiting  # to ask the accelerator each time would slow it down
+        waits = self._cv_compared and self._cv_logs[True].waiting  # to ask the accelerator each time would slow it down
         if loss is None or self._cv_gradient is None or waits:
             return
         scaler = self.accelerator.scaler
@@ -420,7 +345,7 @@ class ObjectiveTrainer(Trainer):
         return max(0, state.remainder - self.args.process_index * len(labels))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._cv_sums[False].taken()
+        self._cv_logs[False] = Logs(self.cv_loss.objective.terms, training=False)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{k}": v for k, v in self._cv_flush(training=False).items()})
@@ -548,12 +473,10 @@ def connect(trainer: Trainer) -> None:
     trainer.__class__ = type(cls.__name__, bases, {"__module__": cls.__module__})
     assert isinstance(trainer, ObjectiveTrainer)
     trainer.cv_loss = installed
-    columns = len(installed.objective.terms) + 2  # the NLL, and what the model adds
-    trainer._cv_sums = {training: Sums(columns) for training in (True, False)}
-    trainer._cv_gradient = trainer._cv_gradients = None
+    trainer._cv_logs = {training: Logs(installed.objective.terms, training) for training in (True, False)}
+    trainer._cv_gradient = None
     trainer._cv_used = trainer._cv_asked = trainer._cv_compared = trainer._cv_told = trainer._cv_reported = False
     trainer._cv_lost, trainer._cv_checked = set(), 0
-    trainer._cv_weighed = Weighed()
     trainer._cv_virtual_tokens = virtual_tokens(trainer.model)
     trainer._cv_pruning = installed.pruning = pruning.Pruning(config.prune) if config.prune else None
     if trainer._cv_pruning is not None:
