@@ -130,7 +130,7 @@ LORA = {
     "lora_mlp_kernel": False,
     "lora_qkv_kernel": False,
     "lora_o_kernel": False,
-    "learning_rate": 2e-2,
+    "learning_rate": 5e-3,  # at 2e-2 gradients leap, and take back what was learned
 }
 
 
@@ -146,7 +146,7 @@ def test_adapter(quantised, make_config, make_model, train, tokenizer, problems,
         make_model(hidden_size=64, intermediate_size=128).save_pretrained(config["base_model"])
         tokenizer.save_pretrained(config["base_model"])
     history, output, _ = train(config)
-    check_log(history, weights, evaluations=[0, 6, 12], learns=0.03)  # Axolotl does not seed it
+    check_log(history, weights, evaluations=[0, 6, 12], learns=0.1)  # Axolotl does not seed it
 
     saved = load_file(output / "adapter_model.safetensors")
     assert all("lora_" in name for name in saved)
