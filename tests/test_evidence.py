@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import yaml
@@ -70,8 +71,13 @@ def test_what_is_read_from_the_verdicts(page):
     assert gains == {"topk_cross_entropy", "weighted_cross_entropy", "sparsemax", "spherical_z"}
     assert verdicts("slots_long") == {"topk_cross_entropy": "not decided", "weighted_cross_entropy": "not decided"}
     intents, kept = verdicts("intents"), verdicts("intents_kept_back")
+    later = verdicts("intents_others", "intents_chosen")
+    intents |= {name: later[name] for name in gains & later.keys()}
+    assert gains <= intents.keys()
     both = {name for name, verdict in intents.items() if verdict == kept.get(name) == "better"}
-    assert both == gains & intents.keys() == {"topk_cross_entropy", "weighted_cross_entropy"}
+    assert gains - both == {"sparsemax"}
+    assert intents["sparsemax"] == "not decided"
+    assert set(verdicts("slots_large").values()) == set(verdicts("slots_further_scratch").values()) == {"better"}
     further = verdicts("slots_further")
     assert gains <= further.keys()
     assert {name for name, verdict in further.items() if verdict != "not decided"} == {"topk_cross_entropy"}
@@ -81,6 +87,23 @@ def test_what_is_read_from_the_verdicts(page):
     assert verdicts("problems_again") == {"focal": "not decided", "weighted_cross_entropy": "not decided"}
     assert set(verdicts("intents_pretrained", "slots_text").values()) == {"not decided"}
     assert [row.difference.mean < 0 for row in page.summary_of("slots_text").rows if row.difference] == [True] * 3
+
+
+def test_what_is_said_of_the_name_alone(page):
+    def scores(folder, objective):
+        runs = page.finals_of(page.summary_of(folder))
+        return next(own for (name, rate), own in runs.items() if (name, rate) == (objective, 3e-3))
+
+    others = {row.name: row for row in page.summary_of("intents_others").rows}
+    name, weighted = others["topk_cross_entropy alone"], scores("intents_chosen", "weighted_cross_entropy")
+    assert f"gains {100 * name.difference.mean:.1f} points" in page.EXPLAINED
+    alone = scores("intents_others", name.name)
+    more = [100 * (weighted[seed] - alone[seed]) for seed in alone]
+    assert len(more) == 8
+    assert f"has {fmean(more):.1f} ± {stdev(more) / 8**0.5:.1f} points" in page.EXPLAINED
+    for part in others["the name at the start"], others["the name later"]:
+        assert part.verdict == "not decided"
+        assert 2 <= 100 * part.difference.mean <= 3
 
 
 def test_p_values_with_more_losses_in_one_table(page):

@@ -8,10 +8,11 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from texts import EXPLAINED, INTRODUCTION, READING, TASKS, Task
 
 from axolotl_cvloss.command.compare import report
 from axolotl_cvloss.command.compare.plan import BASELINE, choose_rate
@@ -24,122 +25,9 @@ PAGE = ROOT / "docs" / "evidence.md"
 GUIDE = ROOT / "docs" / "which-loss.md"
 GUIDE_START, GUIDE_END = "<!-- Verdicts: written by benchmarks/evidence/page.py -->", "<!-- end of verdicts -->"
 EXPLAIN = HERE / "results" / "explain.jsonl"
-SAME = ("", "_chosen")  # what data kept back can confirm
-FOLDERS = (*SAME, "_kept_back", "_screen", "_long", "_large", "_again", "_others")  # beside results/TASK
-
-
-@dataclass
-class Task:
-    """``choice_seeds`` and ``seeds`` are those of the plan; ``more`` has, by the end of its folder's name, what a
-    comparison beside the task's adds to its heading, and what is said about it."""
-
-    heading: str
-    about: str
-    choice_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
-    more: dict[str, tuple[str, str]] = field(default_factory=dict)
-
-
-TASKS = {
-    "slots": Task(
-        "Slots of SNIPS, from scratch",
-        "Words in, a tag a word out: segmentation of text, literally. A Llama of 0.7 million weights that has seen "
-        "nothing, 200 steps of 32 sentences, less than half an epoch. Right are all spans of a sentence with their "
-        "labels (exact match); F1 is that of the spans. The rates 4.5e-3 and 6e-3 were added after the first final "
-        "runs, as all objectives had preferred the higher of two.",
-        (0,),
-        tuple(range(1, 9)),
-        {
-            "_chosen": (
-                ": the best of its screen",
-                "The five best losses of the screen, with fresh seeds and on the test rows, each at its own rate.",
-            ),
-            "_long": (
-                ": four times as long",
-                "800 steps, nearly two epochs, with fresh seeds: is a gain one of short training? All at one rate, a "
-                "good one for each at 200 steps.",
-            ),
-            "_large": (
-                ": a model four times as large",
-                "2.8 million weights, 256 wide in place of 96, with fresh seeds, all at one rate.",
-            ),
-        },
-    ),
-    "slots_further": Task(
-        "Slots of SNIPS, from a model of other intents",
-        "Pretraining in small: the Llama of the first task after 800 steps of cross-entropy on four of the seven "
-        "intents, then trained for 60 steps of 32 sentences of the three others, with tags of which it has seen some. "
-        "The rate 9e-3 was added after the first five final runs, as the losses preferred the highest of three.",
-        (0,),
-        tuple(range(1, 9)),
-    ),
-    "problems": Task(
-        "Word problems, from scratch",
-        "The problems of `make demo`: question in, formulas and `#### number` out. A Llama of 0.6 million weights that "
-        "has seen nothing, 300 steps of 64 problems. Right is the number. The rate 4.5e-3 and two of the three choice "
-        "seeds were added after the first final runs, as one seed alone moves the score of a rate by ten points.",
-        (0, 9, 10),
-        tuple(range(1, 9)),
-        {
-            "_others": (
-                ": what gains on slots",
-                "Two of the losses that gain on slots, on the problems kept back, at the rate of cross_entropy and "
-                "beside the same runs of it as above. They were trained after focal and topk_cross_entropy had been "
-                "published as a table of their own (spherical_z had been meant to be with them, and there was no "
-                "time). With all four in one table Holm's correction would make the p-value of focal 0.068 and that "
-                "of weighted_cross_entropy 0.099: neither would be decided.",
-            ),
-            "_again": (
-                ": what is barely decided, once more",
-                "Eight fresh seeds on the same rows, for the two of which the tables above just so decide that they "
-                "are better. Each was planned in a commit before it ran, and these seeds decide alone: none are "
-                "pooled.",
-            ),
-            "_long": (": three times as long", "900 steps, with fresh seeds, all at one rate."),
-        },
-    ),
-    "intents": Task(
-        "Long-tailed intents, from scratch",
-        "A sentence in, one of seven names out, of which the rarest was seen 15 times; one token an answer, so sets "
-        "are micro-batches. The small Llama, 200 steps of 32 sentences. F1 macro counts all names alike.",
-        (0,),
-        tuple(range(1, 9)),
-    ),
-    "intents_pretrained": Task(
-        "Long-tailed intents, pretrained",
-        "Sentences and names as text, with SmolLM2-135M-Instruct, all weights trained, 60 steps of 8. Of the seven "
-        "names the rarest is in 15 of 2,786 training rows, of which a run sees 480; the test rows have all alike. Sets "
-        "are micro-batches. The weights come from a file with 4 bits each.",
-        (0,),
-        (1, 2, 3),
-    ),
-    "slots_text": Task(
-        "Slots as text, pretrained",
-        "A sentence in, `artist: westbam; album: allergic` out, with SmolLM2-135M-Instruct, all weights trained, 100 "
-        "steps of 8 of 640 sentences. Right are all slots of a sentence; F1 is that of the slots. All at one rate, "
-        "between two that were level in a trial of cross_entropy; the weights come from a file with 4 bits each.",
-        (0,),
-        (1, 2, 3),
-    ),
-}
-INTRODUCTION = """# Evidence
-
-Does another objective than cross-entropy help? Made with `cvloss compare` ([how it works](compare.md)): where several
-rates are tried, each objective has its own chosen on validation rows with seeds of their own; then it is trained with
-fresh seeds, and scored on test rows, on which no objective was chosen. The lines of all runs are in
-`benchmarks/evidence/results`, and this page is written from them; how to make them
-again says [benchmarks/evidence](../benchmarks/evidence/README.md). If nothing else is said, a mix is 0.6 of
-cross-entropy and 0.4 of the other loss, and `k` of topk_cross_entropy is 0.3.
-"""
-READING = """**What gains is short training from scratch, on slots and on long-tailed intents.** Four losses gain on
-slots, and the two of them that were tried gain on intents; after four times the steps on slots no difference of these
-two to cross_entropy could be detected, and from a model that has learned other intents none of the four gains, and
-topk_cross_entropy loses. On word problems focal and weighted_cross_entropy were better with eight seeds, by nearly
-five points, and undecided, by about three, with eight others; sparsemax, one of the four, loses. With a pretrained
-language model nothing is decided; on slots as text the three that were tried were all below cross_entropy. You may
-gain if you train from scratch with few steps; for fine-tuning, nothing here speaks for another objective than
-cross-entropy.
-"""
+SAME = ("", "_chosen", "_others")  # what data kept back can confirm
+# Ends of what is beside results/TASK.
+FOLDERS = tuple(dict.fromkeys((*SAME, "_kept_back", "_screen", *(end for task in TASKS.values() for end in task.more))))
 RULES = f"""{report.RULE}
 
 {report.READING}
@@ -173,7 +61,7 @@ def page() -> str:
         if found is not None:
             unsettled = caution(task, found)
             text += [f"## {task.heading}\n", f"{task.about}\n", *unsettled]
-            text += [*written(name, found, decided=not unsettled), *other_rates(found), *left(task, found)]
+            text += [*written(name, found, decided=not unsettled), *left(task, found)]
             text += [*kept_back(name), *screen(name), *more(name)]
     return "\n".join([*text, *explained()])
 
@@ -190,7 +78,7 @@ def written(folder: str, found: Summary, level: int = 3, decided: bool = True) -
                 "some of the differences away.\n"
             )
     facts = " ".join(report.facts(found)).replace("*", "\\*")
-    return [*text, *report.markdown_of(report.tables(found), level), f"{facts}\n"]
+    return [*text, *report.markdown_of(report.tables(found), level), f"{facts}\n", *other_rates(found, level)]
 
 
 def caution(task: Task, found: Summary) -> list[str]:
@@ -233,15 +121,14 @@ def verdicts(page: str) -> str:
     header = ["task", "seeds", f"better than {BASELINE}, by points", "worse", "not decided"]
     rows = []
     for name, task in TASKS.items():
-        once_more = {"once more": summary_of(f"{name}_again")}
-        kept = {"on data kept back": summary_of(f"{name}_kept_back"), **once_more}
-        again = {**dict.fromkeys(SAME, kept), "_others": once_more}
+        kept = {"on data kept back": summary_of(f"{name}_kept_back"), "once more": summary_of(f"{name}_again")}
         for end, (added, _) in {"": ("", ""), **task.more}.items():
             if (found := summary_of(name + end)) is None:
                 continue
             heading = task.heading + added
             seeds = str(max(len(row.seeds) for row in found.rows))
-            of = by_verdict(found.rows, again.get(end, {}), settled=bool(end) or not caution(task, found))
+            again = kept if end in SAME else {}
+            of = by_verdict(found.rows, again, settled=bool(end) or not caution(task, found))
             rows.append([f"[{heading}]({page}#{anchor(heading)})", seeds, *map(", ".join, of.values())])
     return "\n".join(report.markdown_of({"": (header, rows)})[2:]).rstrip()
 
@@ -290,7 +177,7 @@ def finals_of(found: Summary) -> dict[tuple[str, float], dict[int, float]]:
     return runs
 
 
-def other_rates(found: Summary) -> list[str]:
+def other_rates(found: Summary, level: int) -> list[str]:
     """Final runs that are not in the table: does a difference come from the rate?"""
     runs = finals_of(found)
     shown = {row.name: row.rate for row in found.rows}
@@ -302,7 +189,7 @@ def other_rates(found: Summary) -> list[str]:
             both = [f"{100 * fmean(scores[seed] for seed in seeds):.1f}" if seeds else "" for scores in (own, beside)]
             rows.append([name, f"{rate:g}", str(len(seeds)), *both])
     header = ["objective", "rate", "seeds", f"{title(found.metric)}, %", "the same seeds in the table, %"]
-    return report.markdown_of({"Final runs at other rates": (header, rows)}) if rows else []
+    return report.markdown_of({"Final runs at other rates": (header, rows)}, level) if rows else []
 
 
 def left(task: Task, found: Summary) -> list[str]:
@@ -417,39 +304,6 @@ CELLS = {
     ),
     "Share of 0.4 of it beside 0.6 of cross_entropy": lambda line: f"{100 * _share(line):.0f} %",
 }
-EXPLAINED = """## Where the losses pull
-
-We had supposed that topk_cross_entropy gains as it leaves easy tokens out, that focal does the same softly, and that
-lovasz and dice hardly differ from cross-entropy. One training with cross_entropy a task, at 3e-3; on the way, at the
-steps of the tables, each loss alone had its gradient taken on the same four micro-batches. What the figures show of
-the tasks from scratch:
-
-- Pulling on hard tokens is not enough to gain. focal has more of its pull on tokens with p < 0.5 than cross_entropy,
-  and at half of the training and at its end more than topk_cross_entropy has; it is not told from cross_entropy.
-- On slots the four that gain are, of the losses with a gradient worth mentioning there, those whose gradient has
-  another direction at the start, when no token is easy yet:
-  the cosines of topk_cross_entropy, weighted_cross_entropy and sparsemax with cross_entropy are below 0.7, that of
-  spherical_z falls to 0.8. focal and aldr, not decided, have its direction. Later the four lie nearer to it, but for
-  spherical_z, and topk_cross_entropy has then about 1 / k times its length, as the hardest tokens have most of its
-  gradient anyway. Length alone should do little: AdamW divides by it, and gradients above 1 are cut to 1 here.
-- lovasz, generalized_dice and self_adjusting_dice have next to no gradient at the start of slots, and later a share of
-  less than a third. Their direction is another one, and more of their pull is on easy tokens than that of
-  cross_entropy, not less.
-
-So on slots the part of the supposition about easy tokens is not borne out. Perhaps what cross-entropy learns first is
-how frequent each tag is, most of all that most words have none, and a loss that counts rare tags more, or the worst
-tokens of each sentence, learns less of that. In the screen topk_cross_entropy at the start alone had 49.4 %, later
-alone 45.9, throughout 55.0 and cross_entropy 41.6, one seed each on validation rows. All this would fit, and is not a
-proof.
-
-From a model of other intents the first steps fit, too: it knows already that most words have no tag, more than half of
-the tokens are easy, 96 % of the pull of cross_entropy is on the hard ones, and topk_cross_entropy,
-weighted_cross_entropy and sparsemax have its direction (cosines of 0.88 and more). But by a tenth of the training they
-have left it as far as on slots (0.52 to 0.61), and none of them gains: so another direction does not explain the gains.
-
-The pull of a loss on a token is the norm of its gradient in the token's hidden state, and is summed; the last two
-tables are of the gradient in all weights.
-"""
 
 
 def main() -> None:
