@@ -85,6 +85,7 @@ def test_what_is_read_from_the_verdicts(page):
     assert verdicts("problems")["focal"] == verdicts("problems_kept_back")["focal"] == "better"
     assert verdicts("problems_others") == {"sparsemax": "worse", "weighted_cross_entropy": "better"}
     assert verdicts("problems_again") == {"focal": "not decided", "weighted_cross_entropy": "not decided"}
+    assert all(row.metrics["exact_match"][0] > 0.99 for row in page.summary_of("problems_long").rows)
     assert set(verdicts("intents_pretrained", "slots_text").values()) == {"not decided"}
     assert [row.difference.mean < 0 for row in page.summary_of("slots_text").rows if row.difference] == [True] * 3
 

@@ -145,9 +145,9 @@ four times as large gain there as well. After four times the steps on slots no d
 could be detected. From a model that has learned other intents, in 60 steps, none of the four gains, and
 topk_cross_entropy loses; on the same sentences from scratch, in 200 steps, both that were tried gain. On word problems
 focal and weighted_cross_entropy were better with eight seeds, by nearly five points, and undecided, by about three,
-with eight others; sparsemax loses. With a pretrained language model nothing is decided; on slots as text the three
-that were tried were all below cross_entropy. You may gain if you train from scratch with few steps; for fine-tuning,
-nothing here speaks for another objective than cross-entropy.
+with eight others; sparsemax loses; after three times the steps nothing is left to gain. With a pretrained language
+model nothing is decided; on slots as text the three that were tried were all below cross_entropy. You may gain if you
+train from scratch with few steps; for fine-tuning, nothing here speaks for another objective than cross-entropy.
 """
 EXPLAINED = """## Where the losses pull
 
