@@ -107,6 +107,34 @@ def test_what_is_said_of_the_name_alone(page):
         assert 2 <= 100 * part.difference.mean <= 3
 
 
+def test_intents_one_by_one(page):
+    """Every run has its line, and what gains is the name that has 32 rows to train on."""
+    folders = [
+        folder for folder in FOLDERS if folder.name.startswith("intents") and not folder.name.endswith("_screen")
+    ]
+    runs = {name: read_lines(EVIDENCE / "results" / name / "runs.jsonl") for name in (f.name for f in folders)}
+    keys = ("objective", "rate", "seed")
+    finals = {(name, *map(line.get, keys)) for name, of in runs.items() for line in of if line["stage"] == "final"}
+    lines = {(line["folder"], *map(line.get, keys)): line for line in read_lines(page.BY_LABEL)}
+    assert finals == lines.keys()
+    for folder in ("intents", "intents_chosen", "intents_kept_back"):
+        rows = {row.name: row for row in page.summary_of(folder).rows}
+
+        def mean(name, of, rows=rows, folder=folder):
+            return fmean(of(lines[folder, name, rows[name].rate, seed]) for seed in rows[name].seeds)
+
+        for name in (row.name for row in rows.values() if row.verdict == "better"):
+            more = {
+                label: mean(name, lambda line, label=label: line["recall"][label])
+                - mean(page.BASELINE, lambda line, label=label: line["recall"][label])
+                for label, count in lines[folder, name, rows[name].rate, rows[name].seeds[0]]["training_rows"].items()
+            }
+            assert max(more, key=more.get) == "SearchCreativeWork"
+            assert more["SearchCreativeWork"] > 0.5 * sum(abs(one) for one in more.values())
+        left = [mean(name, lambda line: line["as_in_training"]) for name in ("weighted_cross_entropy", page.BASELINE)]
+        assert 0.007 < left[0] - left[1] < 0.013
+
+
 def test_p_values_with_more_losses_in_one_table(page):
     def p_values(*folders):
         lines = {json.dumps(line): line for folder in folders for line in page.lines_of(folder)}.values()
@@ -215,6 +243,9 @@ def test_what_is_said_of_the_pull_of_losses(page):
     same = ("topk_cross_entropy", "weighted_cross_entropy", "sparsemax")
     assert all(early[loss]["cosine_weights"] > 0.88 - 0.005 for loss in same)
     assert sorted(round(later[loss]["cosine_weights"], 2) for loss in same)[::2] == [0.52, 0.61]
+    assert early["spherical_z"]["cosine_weights"] == pytest.approx(0.25, abs=0.005)
+    middle = of["slots", 0.25]
+    assert abs(middle["aldr"]["cosine_weights"] - middle["spherical_z"]["cosine_weights"]) < 0.05
     for (task, done), at in of.items():
         if task not in ("slots", "problems"):
             continue

@@ -18,6 +18,7 @@ from axolotl_cvloss.command.compare import report
 from axolotl_cvloss.command.compare.plan import BASELINE, choose_rate
 from axolotl_cvloss.command.compare.report import Summary, summarize, summary, title
 from axolotl_cvloss.command.compare.running import read_lines
+from axolotl_cvloss.command.compare.statistics import paired
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -25,15 +26,22 @@ PAGE = ROOT / "docs" / "evidence.md"
 GUIDE = ROOT / "docs" / "which-loss.md"
 GUIDE_START, GUIDE_END = "<!-- Verdicts: written by benchmarks/evidence/page.py -->", "<!-- end of verdicts -->"
 EXPLAIN = HERE / "results" / "explain.jsonl"
+BY_LABEL = HERE / "results" / "by_label.jsonl"
 SAME = ("", "_chosen", "_others")  # what data kept back can confirm
 # Ends of what is beside results/TASK.
 FOLDERS = tuple(dict.fromkeys((*SAME, "_kept_back", "_screen", *(end for task in TASKS.values() for end in task.more))))
+WEIGHED = f"weighed by training rows (minus {BASELINE})"
 RULES = f"""{report.RULE}
 
 {report.READING}
 
 Means ± standard errors over seeds; differences are of the same seeds. A seed is the order of the training rows: all
-runs of a task start from the same weights.
+runs of a comparison start from the same weights, so errors and p-values are for these weights and rows. Other start
+weights are in the comparisons on data kept back, of the larger model and of three intents, one each.
+
+*Examples drawn again* and *seeds too* are 95% intervals of the difference in points, by a bootstrap over test examples
+alone, and over seeds as well. NLL is in nats a token. A set is what topk_cross_entropy, lovasz and the losses of Dice
+look at together: an answer, or with `per: batch` a micro-batch.
 """
 
 
@@ -78,7 +86,31 @@ def written(folder: str, found: Summary, level: int = 3, decided: bool = True) -
                 "some of the differences away.\n"
             )
     facts = " ".join(report.facts(found)).replace("*", "\\*")
-    return [*text, *report.markdown_of(report.tables(found), level), f"{facts}\n", *other_rates(found, level)]
+    tables = report.tables(found) | by_label(folder, found)
+    return [*text, *report.markdown_of(tables, level), f"{facts}\n", *other_rates(found, level)]
+
+
+def by_label(folder: str, found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """The table of by_label.py, if it has the runs of this comparison."""
+    runs: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
+    for line in read_lines(BY_LABEL):
+        if line["folder"] == folder:
+            runs.setdefault((line["objective"], line["rate"]), {})[line["seed"]] = line
+    own = {row.name: runs.get((row.name, row.rate), {}) for row in found.rows}
+    if not all(own[row.name].keys() >= set(row.seeds) for row in found.rows):
+        return {}
+    first = next(iter(own[BASELINE].values()))
+    header = ["objective", *(f"{name}, {count}" for name, count in first["training_rows"].items()), WEIGHED]
+    rows = []
+    for name, seeds in own.items():
+        recalls = [fmean(line["recall"][label] for line in seeds.values()) for label in first["training_rows"]]
+        weighed = f"{100 * fmean(line['as_in_training'] for line in seeds.values()):.1f}"
+        if name != BASELINE:
+            both = sorted(seeds.keys() & own[BASELINE].keys())
+            more = paired([seeds[seed]["as_in_training"] - own[BASELINE][seed]["as_in_training"] for seed in both])
+            weighed += f" ({100 * more.mean:+.1f}" + ("" if more.error is None else f" ± {100 * more.error:.1f}") + ")"
+        rows.append([name, *(f"{100 * recall:.0f}" for recall in recalls), weighed])
+    return {"Exact match by intent, and its training rows, %": (header, rows)}
 
 
 def caution(task: Task, found: Summary) -> list[str]:
