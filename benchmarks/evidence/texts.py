@@ -150,9 +150,9 @@ of the other loss, and `k` of topk_cross_entropy is 0.3.
 READING = """**What gains is short training from scratch, on slots and on long-tailed intents.** Four losses gain on
 slots, three of them on intents too, where the fourth, sparsemax, is not decided, and where the gain is nearly always
 one rare intent of seven; two of them gain on slots in a model four times as large, too. After four times the steps, on
-slots as on intents, no difference of topk_cross_entropy and weighted_cross_entropy to cross_entropy could be detected:
-they are sooner there, not further. From a model that has learned other intents, in 60 steps, none of the four gains,
-and topk_cross_entropy loses; on the same sentences from scratch, in 200 steps, both that were tried gain
+slots as on intents, no difference of topk_cross_entropy and weighted_cross_entropy to cross_entropy could be detected,
+as if they got there sooner, not further. From a model that has learned other intents, in 60 steps, none of the four
+gains, and topk_cross_entropy loses; on the same sentences from scratch, in 200 steps, both that were tried gain
 (topk_cross_entropy 5.4 points, weighted_cross_entropy 2.8). On word problems focal and weighted_cross_entropy were
 better with eight seeds, by nearly five points, and undecided, by about three, with eight others; sparsemax loses;
 after three times the steps cross_entropy and focal both have 99.9 %. With a pretrained language model nothing is
