@@ -87,8 +87,14 @@ def test_what_is_read_from_the_verdicts(page):
     assert verdicts("problems_others") == {"sparsemax": "worse", "weighted_cross_entropy": "better"}
     assert verdicts("problems_again") == {"focal": "not decided", "weighted_cross_entropy": "not decided"}
     assert all(row.metrics["exact_match"][0] > 0.99 for row in page.summary_of("problems_long").rows)
-    assert set(verdicts("intents_pretrained", "slots_text").values()) == {"not decided"}
+    assert set(verdicts("intents_pretrained", "intents_pretrained_more", "slots_text").values()) == {"not decided"}
     assert [row.difference.mean < 0 for row in page.summary_of("slots_text").rows if row.difference] == [True] * 3
+    found = page.summary_of("intents_pretrained_more")
+    runs = page.finals_of(found)
+    beside = {row.rate: fmean(runs[page.BASELINE, row.rate].values()) for row in found.rows}
+    far = [abs(fmean(runs[row.name, row.rate].values()) - beside[row.rate]) for row in found.rows]
+    assert len(far) == 7
+    assert max(far) < 0.022
 
 
 def test_what_is_said_of_the_name_alone(page):
