@@ -124,8 +124,8 @@ TASKS = {
         {
             "_more": (
                 ": the paper's losses, and more seeds",
-                "The same rows and steps in bfloat16 (autocast), which is faster, with lower rates. The rate explains much "
-                "of the differences: four losses have the lower one, at which cross_entropy, too, has less.",
+                "The same rows and steps in bfloat16 (autocast), which is faster, with lower rates. The rate explains "
+                "much of the differences: four losses have the lower one, at which cross_entropy, too, has less.",
             ),
         },
     ),
