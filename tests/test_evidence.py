@@ -4,13 +4,14 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import pytest
 import yaml
 
 from axolotl_cvloss.command.compare import report
 from axolotl_cvloss.command.compare.running import read_lines
+from axolotl_cvloss.command.compare.statistics import paired
 from axolotl_cvloss.losses.registry import available_losses
 from axolotl_cvloss.objective.config import CVLossConfig
 
@@ -99,16 +100,15 @@ def test_what_is_read_from_the_verdicts(page):
 
 def test_what_is_said_of_the_name_alone(page):
     def scores(folder, objective):
-        runs = page.finals_of(page.summary_of(folder))
-        return next(own for (name, rate), own in runs.items() if (name, rate) == (objective, 3e-3))
+        return page.finals_of(page.summary_of(folder))[objective, 3e-3]
 
     others = {row.name: row for row in page.summary_of("intents_others").rows}
     name, weighted = others["topk_cross_entropy alone"], scores("intents_chosen", "weighted_cross_entropy")
     assert f"gains {100 * name.difference.mean:.1f} points" in page.EXPLAINED
     alone = scores("intents_others", name.name)
-    more = [100 * (weighted[seed] - alone[seed]) for seed in alone]
-    assert len(more) == 8
-    assert f"has {fmean(more):.1f} ± {stdev(more) / 8**0.5:.1f} points" in page.EXPLAINED
+    assert len(alone) == 8
+    more = paired([100 * (weighted[seed] - alone[seed]) for seed in alone])
+    assert f"has {more.mean:.1f} ± {more.error:.1f} points" in page.EXPLAINED
     for part in others["the name at the start"], others["the name later"]:
         assert part.verdict == "not decided"
         assert 2 <= 100 * part.difference.mean <= 3
@@ -116,29 +116,28 @@ def test_what_is_said_of_the_name_alone(page):
 
 def test_intents_one_by_one(page):
     """Every run has its line, and what gains is the name that has 32 rows to train on."""
-    folders = [
-        folder for folder in FOLDERS if folder.name.startswith("intents") and not folder.name.endswith("_screen")
-    ]
-    runs = {name: read_lines(EVIDENCE / "results" / name / "runs.jsonl") for name in (f.name for f in folders)}
+    names = [folder.name for folder in FOLDERS if folder.name.startswith("intents")]
     keys = ("objective", "rate", "seed")
-    finals = {(name, *map(line.get, keys)) for name, of in runs.items() for line in of if line["stage"] == "final"}
+    runs = [(name, line) for name in names for line in page.lines_of(name) if line["stage"] == "final"]
     lines = {(line["folder"], *map(line.get, keys)): line for line in read_lines(page.BY_LABEL)}
-    assert finals == lines.keys()
+    assert {(name, *map(line.get, keys)) for name, line in runs} == lines.keys()
+
+    def mean(folder, row, key, *label):
+        """Of the runs of a row of the table, of one label or of all weighed."""
+        found = [lines[folder, row.name, row.rate, seed][key] for seed in row.seeds]
+        return fmean(value[label[0]] if label else value for value in found)
+
+    intents = next(iter(lines.values()))["recall"]
     for folder in ("intents", "intents_chosen", "intents_kept_back"):
         rows = {row.name: row for row in page.summary_of(folder).rows}
-
-        def mean(name, of, rows=rows, folder=folder):
-            return fmean(of(lines[folder, name, rows[name].rate, seed]) for seed in rows[name].seeds)
-
-        for name in (row.name for row in rows.values() if row.verdict == "better"):
+        base = rows[page.BASELINE]
+        for row in (row for row in rows.values() if row.verdict == "better"):
             more = {
-                label: mean(name, lambda line, label=label: line["recall"][label])
-                - mean(page.BASELINE, lambda line, label=label: line["recall"][label])
-                for label, count in lines[folder, name, rows[name].rate, rows[name].seeds[0]]["training_rows"].items()
+                label: mean(folder, row, "recall", label) - mean(folder, base, "recall", label) for label in intents
             }
             assert max(more, key=more.get) == "SearchCreativeWork"
             assert more["SearchCreativeWork"] > 0.5 * sum(abs(one) for one in more.values())
-        left = [mean(name, lambda line: line["as_in_training"]) for name in ("weighted_cross_entropy", page.BASELINE)]
+        left = [mean(folder, row, "as_in_training") for row in (rows["weighted_cross_entropy"], base)]
         assert 0.007 < left[0] - left[1] < 0.013
 
 

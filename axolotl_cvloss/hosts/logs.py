@@ -77,7 +77,9 @@ class Logs:
         )
 
     def taken(self, gathered: Callable[[Tensor], Tensor], progress: float) -> dict[str, float]:
-        """What is logged, by name; it begins anew. ``gathered`` makes (P, N) of all processes from (1, N) of each.
+        """What is logged of all that was folded, by name; it begins anew.
+
+        ``gathered`` makes (P, N) of all processes from (1, N) of each.
 
         ``cv_loss/nll`` and ``cv_loss/TERM`` are means over the rows of a step and then over steps, as Trainer's own
         ``loss`` is; so in training ``loss`` is the weighted sum of the terms (``eval_loss`` is a mean over examples of
@@ -89,7 +91,6 @@ class Logs:
         where their mean is 1, and their effective number in a step, (sum w)^2 / sum w^2. An evaluation is one step, and
         nothing is logged of one without a trained row on any rank.
         """
-        self.fold()
         terms = self.terms
         # Of one shape on all ranks, whatever they have seen.
         squares = torch.zeros(len(terms), dtype=torch.float64)

@@ -41,11 +41,13 @@ def main() -> None:
     for folder in sorted(path.parent for path in FILE.parent.glob("intents*/runs.jsonl")):
         task = max((name for name in ROWS if folder.name.startswith(name)), key=len)
         frequency, test = Counter(labels_of(DATA / task / "data", "train")), labels_of(DATA / task / "data", "test")
-        for line in read_lines(folder / "runs.jsonl"):
-            if line["stage"] == "final":
-                _, places = halves(len(test), len(test) - line["rows"])
-                found = recalls(line, [test[place] for place in places], frequency)
-                written.append({"folder": folder.name, "training_rows": dict(frequency.most_common()), **found})
+        finals = [line for line in read_lines(folder / "runs.jsonl") if line["stage"] == "final"]
+        if not finals:  # a screen
+            continue
+        _, places = halves(len(test), len(test) - finals[0]["rows"])  # all of a comparison have as many
+        labels = [test[place] for place in places]
+        same = {"folder": folder.name, "training_rows": dict(frequency.most_common())}
+        written += [{**same, **recalls(line, labels, frequency)} for line in finals]
     FILE.write_text("".join(json.dumps(line) + "\n" for line in written), encoding="utf-8")
 
 

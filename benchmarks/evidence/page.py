@@ -16,7 +16,7 @@ from texts import EXPLAINED, INTRODUCTION, READING, TASKS, Task
 
 from axolotl_cvloss.command.compare import report
 from axolotl_cvloss.command.compare.plan import BASELINE, choose_rate
-from axolotl_cvloss.command.compare.report import Summary, summarize, summary, title
+from axolotl_cvloss.command.compare.report import Summary, number, summarize, summary, title
 from axolotl_cvloss.command.compare.running import read_lines
 from axolotl_cvloss.command.compare.statistics import paired
 
@@ -92,11 +92,8 @@ def written(folder: str, found: Summary, level: int = 3, decided: bool = True) -
 
 def by_label(folder: str, found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
     """The table of by_label.py, if it has the runs of this comparison."""
-    runs: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
-    for line in read_lines(BY_LABEL):
-        if line["folder"] == folder:
-            runs.setdefault((line["objective"], line["rate"]), {})[line["seed"]] = line
-    own = {row.name: runs.get((row.name, row.rate), {}) for row in found.rows}
+    runs = _runs_by_label()
+    own = {row.name: runs.get((folder, row.name, row.rate), {}) for row in found.rows}
     if not all(own[row.name].keys() >= set(row.seeds) for row in found.rows):
         return {}
     first = next(iter(own[BASELINE].values()))
@@ -104,13 +101,22 @@ def by_label(folder: str, found: Summary) -> dict[str, tuple[list[str], list[lis
     rows = []
     for name, seeds in own.items():
         recalls = [fmean(line["recall"][label] for line in seeds.values()) for label in first["training_rows"]]
-        weighed = f"{100 * fmean(line['as_in_training'] for line in seeds.values()):.1f}"
+        weighed = number(found.metric, fmean(line["as_in_training"] for line in seeds.values()))
         if name != BASELINE:
             both = sorted(seeds.keys() & own[BASELINE].keys())
             more = paired([seeds[seed]["as_in_training"] - own[BASELINE][seed]["as_in_training"] for seed in both])
-            weighed += f" ({100 * more.mean:+.1f}" + ("" if more.error is None else f" ± {100 * more.error:.1f}") + ")"
+            weighed += f" ({number(found.metric, more.mean, more.error, '+')})"
         rows.append([name, *(f"{100 * recall:.0f}" for recall in recalls), weighed])
     return {"Exact match by intent, and its training rows, %": (header, rows)}
+
+
+@functools.cache  # each comparison looks for its own
+def _runs_by_label() -> dict[tuple[str, str, float], dict[int, dict[str, Any]]]:
+    """The lines of by_label.py by folder, objective and rate, and by seed."""
+    runs: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
+    for line in read_lines(BY_LABEL):
+        runs.setdefault((line["folder"], line["objective"], line["rate"]), {})[line["seed"]] = line
+    return runs
 
 
 def caution(task: Task, found: Summary) -> list[str]:
@@ -174,11 +180,11 @@ def by_verdict(rows: list[report.Row], again: Mapping[str, Summary | None], sett
         verdict = row.verdict if settled else "not decided"
         figure = ""
         if verdict != "not decided":
-            figure = _points(row)
+            figure = f" {_points(row)}"
             looks = [(said, _row_of(row.name, other)) for said, other in again.items()]
             found = [(said, other) for said, other in looks if other]
             if found:
-                told = "; ".join(f"{said} {_points(other).strip()}: {other.verdict}" for said, other in found)
+                told = "; ".join(f"{said} {_points(other)}: {other.verdict}" for said, other in found)
                 figure += f" ({told})"
             if any(other.verdict != verdict for _, other in found):
                 verdict = "not decided"
@@ -196,8 +202,7 @@ def anchor(heading: str) -> str:
 
 def _points(row: report.Row) -> str:
     assert row.difference is not None
-    error = row.difference.error
-    return f" {100 * row.difference.mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return number("exact_match", row.difference.mean, row.difference.error, "+")
 
 
 def finals_of(found: Summary) -> dict[tuple[str, float], dict[int, float]]:

@@ -159,13 +159,14 @@ def _unit(metric: str) -> str:
     return "" if metric == NLL else ", %"
 
 
-def _number(metric: str, value: float, error: float | None = None, sign: str = "") -> str:
+def number(metric: str, value: float, error: float | None = None, sign: str = "") -> str:
+    """A value as it stands in a table, scores in percent."""
     digits, factor = (4, 1) if metric == NLL else (1, 100)
     return f"{factor * value:{sign}.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
 
 
 def _interval(metric: str, interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else " to ".join(_number(metric, end, sign="+") for end in interval)
+    return "" if interval is None else " to ".join(number(metric, end, sign="+") for end in interval)
 
 
 def title(metric: str) -> str:
@@ -190,9 +191,9 @@ def tables(found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
                 row.name,
                 f"{row.rate:g}" + "*" * row.at_the_end + "†" * row.not_chosen,
                 str(len(row.seeds)),
-                _number(main, row.validation[main]) if row.validation else "",
-                _number(main, *row.metrics[main]),
-                _number(main, difference.mean, difference.error, "+") if difference else "",
+                number(main, row.validation[main]) if row.validation else "",
+                number(main, *row.metrics[main]),
+                number(main, difference.mean, difference.error, "+") if difference else "",
                 _interval(main, row.within),
                 _interval(main, row.across),
                 _p(row.p),
@@ -211,8 +212,8 @@ def tables(found: Summary) -> dict[str, tuple[list[str], list[list[str]]]]:
                     part
                     for metric in others
                     for part in (
-                        _number(metric, *row.metrics[metric]),
-                        _number(metric, row.others[metric].mean, row.others[metric].error, "+")
+                        number(metric, *row.metrics[metric]),
+                        number(metric, row.others[metric].mean, row.others[metric].error, "+")
                         if metric in row.others
                         else "",
                     )
@@ -234,7 +235,7 @@ def choice_table(lines: Sequence[Line]) -> dict[str, tuple[list[str], list[list[
     shown = list(dict.fromkeys((next(iter(metrics_of(lines[0]))), NLL)))
     rates = sorted({rate for _, rate in choice})
     means = {key: _means([metrics_of(line) for line in found.values()]) for key, found in choice.items()}
-    cells = {key: " / ".join(_number(metric, mean[metric]) for metric in shown) for key, mean in means.items()}
+    cells = {key: " / ".join(number(metric, mean[metric]) for metric in shown) for key, mean in means.items()}
     return {
         f"The choice of rates: validation {' / '.join(map(title, shown))}": (
             ["objective", *(f"{rate:g}" for rate in rates)],
@@ -267,9 +268,9 @@ def ranking(lines: Sequence[Line]) -> dict[str, tuple[list[str], list[list[str]]
         seeds = sorted(own.keys() & base.keys()) if name != BASELINE else []
         differences = [metrics_of(own[seed])[main] - metrics_of(base[seed])[main] for seed in seeds]
         rate = next(iter(own.values()))["rate"]
-        cells = [name, f"{rate:g}", str(len(own)), _number(main, means[name][main])]
-        cells.append(", ".join(_number(main, difference, sign="+") for difference in differences))
-        rows.append([*cells, *(_number(metric, means[name][metric]) for metric in metrics[1:])])
+        cells = [name, f"{rate:g}", str(len(own)), number(main, means[name][main])]
+        cells.append(", ".join(number(main, difference, sign="+") for difference in differences))
+        rows.append([*cells, *(number(metric, means[name][metric]) for metric in metrics[1:])])
     return {f"{title(main)} on the validation rows": ([*header, *map(title, metrics[1:])], rows)}
 
 
